@@ -1,0 +1,226 @@
+"""What a plugin has to provide: small protocols with shapes, units and errors.
+
+This module imports neither torch nor transformers, so a plugin can refer to it at no cost. Shapes: ``in`` and
+``out`` are the features of a linear layer (``y = x @ W.T + b`` with ``W`` of shape ``[out, in]``), ``r`` the rank of
+a low-rank update, ``N`` tokens laid end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from lavintk.data.records import Record
+    from lavintk.layers import FrozenLinear
+    from lavintk.models.multimodal import MultimodalModel
+    from lavintk.run import Run
+
+
+class Quantizer(Protocol):
+    """Turns weights of linear layers into modules that store them quantized and frozen."""
+
+    requires_cuda: bool
+    """Whether the modules compute only on a CUDA device."""
+
+    def quantize(self, weight: torch.Tensor, bias: torch.Tensor | None) -> FrozenLinear:
+        """Return a frozen layer that holds ``weight`` quantized, on the weight's device.
+
+        :param weight: ``[out, in]``, fp32, fp16 or bf16; not kept.
+        :param bias: ``[out]`` or None; kept in its own type.
+        :raises LavintkError: the shape or the device is not supported.
+        """
+        ...
+
+    def empty(self, out_features: int, in_features: int, bias: bool, device: torch.device) -> FrozenLinear:
+        """Return a layer of that shape with undefined content, to load a ``state_dict`` into."""
+        ...
+
+
+class Optimizer(Protocol):
+    """Builds a torch optimizer and says what it costs."""
+
+    paged: bool
+    """Whether the state lives in memory that moves between host and device by itself."""
+    state_bits: int
+    """Bits of one state value; AdamW keeps two values per parameter."""
+    without_cuda: str
+    """One sentence: what happens on a machine without CUDA; empty if nothing differs."""
+
+    def build(
+        self, groups: Sequence[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float
+    ) -> torch.optim.Optimizer:
+        """Return the optimizer over ``groups``.
+
+        :param groups: dictionaries with ``params`` (a list of parameters) and ``weight_decay``.
+        :param lr: peak learning rate; the schedule scales it from outside.
+        :raises LavintkError: the optimizer cannot work on the parameters' device.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class AffineUpdate:
+    """What an adapter adds to one linear layer under one condition: ``y += up @ (down @ x) + bias``. Exact.
+
+    :param linear: name of the layer, a key of :meth:`MultimodalModel.linears`.
+    :param condition: one of the adapter's ``conditions``.
+    :param down: ``[r, in]``, fp32.
+    :param up: ``[out, r]``, fp32.
+    :param bias: ``[out]``, fp32, or None.
+    """
+
+    linear: str
+    condition: str
+    down: torch.Tensor
+    up: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+class Adapter(Protocol):
+    """Adds trainable parameters to a frozen model."""
+
+    conditions: tuple[str, ...]
+    """What the adapter's effect depends on: ``("all",)``, or ``("text", "image")`` for LaVIN."""
+
+    def attach(self, model: MultimodalModel) -> None:
+        """Insert the adapter into ``model`` in place; at the start it must change no output. Called once.
+
+        :raises ModelError: the model lacks what the adapter needs.
+        """
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Yield the trainable parameters; names are stable and unique."""
+        ...
+
+    def side_tokens(self) -> torch.Tensor | None:
+        """Return ``[len(conditions), hidden]`` rows that go through the layers beside the tokens, or None.
+
+        Each row attends to itself alone and no token attends to it: LaVIN's modality tokens.
+        """
+        ...
+
+    def save(self, folder: Path, base: str) -> None:
+        """Write the adapter, and nothing else, into ``folder``.
+
+        :param base: name or path of the language model, for formats that record it.
+        """
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Read what :meth:`save` wrote into the attached adapter.
+
+        :raises CheckpointError: missing, unexpected or misshapen tensors, all of them listed.
+        """
+        ...
+
+    def affine_updates(self) -> Iterator[AffineUpdate]:
+        """Yield the exact update of each linear layer that the adapter changes, for each condition.
+
+        Dropout is off. A down projection shared by several layers is yielded with each of them.
+
+        :raises NotAffineError: the adapter, as configured, has no affine form.
+        """
+        ...
+
+
+class Exporter(Protocol):
+    """Writes a trained run in a format for other programs."""
+
+    def export(self, run: Run, out: Path) -> None:
+        """Write ``run`` into the new folder ``out``.
+
+        :raises LavintkError: the run cannot be expressed in the format.
+        """
+        ...
+
+
+class DatasetFormat(Protocol):
+    """Reads one record format. Made from its options, among them ``path`` where there is a file."""
+
+    def load(self, split: str) -> list[Record]:
+        """Return the records of ``split`` in file order.
+
+        :param split: ``"train"``, ``"validation"`` or ``"test"``; formats without splits return all for any name.
+        :raises DataError: every fault found, with file, line or record, and field.
+        """
+        ...
+
+
+class AnsweringModel(Protocol):
+    """What an evaluation sees of a model."""
+
+    def answer(self, records: Sequence[Record], *, max_new_tokens: int) -> list[str]:
+        """Return one greedy answer to the last user message of each record, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answered record."""
+
+    record_id: str
+    question: str
+    answer: str
+    reference: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Scores by name, among them ``questions`` (their count), and what they rest on."""
+
+    scores: dict[str, float]
+    predictions: list[Prediction] = field(default_factory=list)
+
+
+class Evaluation(Protocol):
+    """Scores a model on records."""
+
+    def evaluate(
+        self, model: AnsweringModel, records: Sequence[Record], *, max_new_tokens: int
+    ) -> EvaluationResult:
+        """Return the scores of ``model`` on ``records``; the last assistant message is the reference.
+
+        :raises DataError: a record lacks what the evaluation needs.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What life-cycle hooks are told about a run."""
+
+    folder: Path
+    name: str
+    recipe: Mapping[str, Any]
+    total_steps: int
+    trainable_parameters: int
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """One optimizer step.
+
+    :param loss: mean cross entropy per trained token over the accumulation window, in nats.
+    :param gradient_norm: before clipping.
+    :param tokens: tokens that went through the model, trained or not.
+    :param memory_bytes: peak so far: device memory on CUDA, resident memory of the process otherwise.
+    :param seconds_left: estimated time to the end of training.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    tokens_per_second: float
+    samples_per_second: float
+    memory_bytes: int
+    seconds_left: float
