@@ -1,0 +1,116 @@
+"""Frozen linear layers: the base class of what quantizers make, and the plain one that quantizes nothing."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """How a frozen layer stores its weight, so that an exporter can copy it instead of re-quantizing.
+
+    :param scheme: ``"dense"``, ``"nf4"``, ``"fp4"``, ``"int8-row"``, ``"int4-block"`` or a plugin's own name.
+    :param shape: ``(out, in)``.
+    :param codes: the stored codes, in the layout that ``layout`` names.
+    :param scales: one scale per block or row, fp32, nested scales already resolved.
+    :param zero_points: one per block, or None for symmetric schemes.
+    :param block_size: weights sharing a scale; 0 for one scale per row.
+    :param layout: for example ``"row-major, first element in the high nibble"``.
+    :param codebook: value of each code before scaling, or None where codes are integers.
+    """
+
+    scheme: str
+    shape: tuple[int, int]
+    codes: Tensor
+    scales: Tensor | None = None
+    zero_points: Tensor | None = None
+    block_size: int = 0
+    layout: str = "row-major"
+    codebook: Tensor | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class FrozenLinear(nn.Module, ABC):
+    """``y = x @ W.T + b`` with a weight that is stored in any form and never trained.
+
+    A subclass registers its storage as buffers (so ``state_dict`` holds it bit for bit) and implements
+    :meth:`dequantize` and :meth:`packed`. The default :meth:`forward` dequantizes for the product and again for the
+    gradient with respect to ``x``, so nothing but the storage stays in memory in between.
+    """
+
+    graph_safe = True
+    """Whether the forward and backward pass may be captured in a CUDA graph (no host synchronisation)."""
+
+    def __init__(self, out_features: int, in_features: int, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = out_features, in_features
+        self.bias: Tensor | None
+        self.register_buffer("bias", bias)
+
+    @abstractmethod
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight ``[out, in]`` that the layer computes with, in ``dtype``."""
+
+    @abstractmethod
+    def packed(self) -> PackedWeight:
+        """Describe the storage for exporters; tensors are views, not copies, where possible."""
+
+    def bits_per_weight(self) -> float:
+        """Return the bits stored per weight, scales included, bias excluded."""
+        stored = sum(b.numel() * b.element_size() for name, b in self.named_buffers() if name != "bias")
+        return 8 * stored / (self.out_features * self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``[..., out]`` in the type of ``x`` ``[..., in]``; gradients flow to ``x`` only."""
+        product: Tensor = _FrozenProduct.apply(x, self)
+        return product
+
+    def extra_repr(self) -> str:
+        """Describe the layer in ``print(model)``."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class DenseLinear(FrozenLinear):
+    """A frozen layer that keeps its weight as it is."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight.shape[0], weight.shape[1], bias)
+        self.weight: Tensor
+        self.register_buffer("weight", weight)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight ``[out, in]`` in ``dtype``."""
+        return self.weight.to(dtype)
+
+    def packed(self) -> PackedWeight:
+        """Describe the dense storage."""
+        return PackedWeight("dense", (self.out_features, self.in_features), self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``[..., out]``; the weight is cast to the type of ``x`` if it differs."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """``x @ W.T + b`` that keeps no dequantized weight for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return F.linear(x, layer.dequantize(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        (gradient,) = gradients
+        return gradient.to(ctx.dtype) @ ctx.layer.dequantize(ctx.dtype), None

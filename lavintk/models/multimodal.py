@@ -1,0 +1,258 @@
+"""The multimodal model: a frozen language model, a frozen vision tower, and what is trained between them.
+
+The layers are transformers' own; ours are the order of the tokens, the feature taps, the neck, the side tokens of an
+adapter, and the loss. Hidden states have the shape ``[1, N + M, hidden]``: N tokens of all rows laid end to end, then
+M side tokens (LaVIN's modality tokens), each of which attends only to itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lavintk.contracts import Adapter
+from lavintk.data.batch import IGNORED, Batch
+from lavintk.errors import ModelError
+from lavintk.layers import FrozenLinear
+from lavintk.models.attention import AttentionPlan, KeyValueCache
+from lavintk.models.connector import TapNeck
+from lavintk.models.vision import VisionTower
+
+LOSS_CHUNK = 256
+"""Labelled tokens whose logits exist at a time; 32k words in fp32 make 32 MiB."""
+
+
+@dataclass
+class ForwardContext:
+    """What an adapter inside a layer may need to know of the micro-batch that runs through it.
+
+    :param conditions: ``[N + M]`` int64: the condition of each token, side tokens included.
+    :param side: M, the side tokens at the end; 0 while decoding from a cache.
+    """
+
+    conditions: Tensor
+    side: int
+
+
+class ContextHolder:
+    """Holds the :class:`ForwardContext` of the layer call in progress; adapters keep a reference to it."""
+
+    def __init__(self) -> None:
+        self._current: ForwardContext | None = None
+
+    @property
+    def current(self) -> ForwardContext:
+        """The context; only defined inside a layer."""
+        if self._current is None:
+            raise RuntimeError("an adapter asked for its context outside of a forward pass")
+        return self._current
+
+    @contextmanager
+    def set(self, context: ForwardContext) -> Iterator[None]:
+        """Make ``context`` the current one; also around the recomputation of a checkpointed layer."""
+        before, self._current = self._current, context
+        try:
+            yield
+        finally:
+            self._current = before
+
+
+class MultimodalModel(nn.Module):
+    """A causal language model that also sees images.
+
+    :param language: transformers' causal LM whose layers hold :class:`FrozenLinear`; its attention implementation
+        must be :data:`lavintk.models.attention.IMPLEMENTATION`.
+    :param vision: the tower, or None for text only.
+    :param connector: maps the tower's features to tokens; required with a tower.
+    """
+
+    def __init__(
+        self, language: nn.Module, vision: VisionTower | None = None, connector: TapNeck | None = None
+    ) -> None:
+        super().__init__()
+        if (vision is None) != (connector is None):
+            raise ModelError("a vision tower and a connector come together: one of them is missing")
+        self.language, self.vision, self.connector = language, vision, connector
+        self.requires_grad_(False)
+        if connector is not None:
+            connector.requires_grad_(True)
+        self.adapter: Adapter | None = None
+        self.context = ContextHolder()
+        self.checkpointing = False
+        self._linears = {n: m for n, m in self.named_modules() if isinstance(m, FrozenLinear)}
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the language model's residual stream."""
+        return int(self.language.config.hidden_size)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The language model's decoder layers."""
+        return cast(nn.ModuleList, self.language.model.layers)
+
+    @property
+    def visual_tokens(self) -> int:
+        """Tokens per image; 0 without a tower."""
+        return self.vision.tokens if self.vision else 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the language model lies."""
+        return cast(torch.device, self.language.model.norm.weight.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the residual stream."""
+        return cast(torch.dtype, self.language.model.embed_tokens.weight.dtype)
+
+    def linears(self) -> dict[str, FrozenLinear]:
+        """Return the frozen linear layers by the name they had before anything was attached."""
+        return dict(self._linears)
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Put ``module`` in place of the submodule ``name``."""
+        parent, _, leaf = name.rpartition(".")
+        setattr(self.get_submodule(parent), leaf, module)
+
+    def attach(self, adapter: Adapter) -> None:
+        """Attach ``adapter``; a model carries one.
+
+        :raises ModelError: there is one already, or the model lacks what the adapter needs.
+        """
+        if self.adapter is not None:
+            raise ModelError("the model already carries an adapter")
+        adapter.attach(self)
+        self.adapter = adapter
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that training changes: ``adapter.*`` and ``connector.*``."""
+        named = dict(self.adapter.named_parameters()) if self.adapter else {}
+        parameters = {f"adapter.{name}": parameter for name, parameter in named.items()}
+        if self.connector is not None:
+            parameters |= {f"connector.{name}": p for name, p in self.connector.named_parameters()}
+        return parameters
+
+    def hidden(self, batch: Batch, cache: KeyValueCache | None = None) -> Tensor:
+        """Return the states ``[N, hidden]`` after the last norm.
+
+        :param cache: filled with the keys and values of the rows; the batch must then hold whole prompts.
+        """
+        embedded = self.language.model.embed_tokens(batch.input_ids)
+        if batch.pixel_values is not None:
+            visual = self.visual_embeddings(batch.pixel_values).flatten(0, 1)
+            embedded = embedded.index_copy(0, batch.visual_slots, visual.to(embedded.dtype))
+        side = self.adapter.side_tokens() if self.adapter else None
+        return self._run_layers(embedded, batch.positions, batch.lengths, batch.conditions, side, cache)
+
+    def decode(self, tokens: Tensor, conditions: Tensor, cache: KeyValueCache) -> Tensor:
+        """Return ``[B, hidden]`` for one further token of each row.
+
+        :param tokens: ``[B]`` ids; :param conditions: ``[B]`` as in :class:`Batch`.
+        """
+        embedded = self.language.model.embed_tokens(tokens)
+        lengths = (1,) * tokens.numel()
+        return self._run_layers(embedded, cache.lengths.clone(), lengths, conditions, None, cache)
+
+    @torch.no_grad()
+    def run_side_tokens(self) -> None:
+        """Send the adapter's side tokens through the layers, so that it knows what they lead to without any text."""
+        first = torch.zeros(1, dtype=torch.int64, device=self.device)
+        side = self.adapter.side_tokens() if self.adapter else None
+        embedded = self.language.model.embed_tokens(first)
+        self._run_layers(embedded, first, (1,), first, side, None)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return ``[..., vocabulary]`` in fp32."""
+        return cast(Tensor, self.language.lm_head(hidden)).float()
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """Return the cross entropy summed over the labelled tokens, in nats, fp32.
+
+        Only labelled tokens reach the output head, a chunk at a time and recomputed in the backward pass, so the
+        logits of a whole batch never exist.
+        """
+        rows = (batch.labels != IGNORED).nonzero().flatten()
+        hidden = self.hidden(batch).index_select(0, rows)
+        labels = batch.labels.index_select(0, rows)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for part, target in zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK)):
+            total = total + checkpoint(
+                self._chunk_loss, part, target, use_reentrant=False, preserve_rng_state=False
+            )
+        return total
+
+    def visual_embeddings(self, pixel_values: Tensor) -> Tensor:
+        """Return the visual tokens ``[I, visual_tokens, hidden]`` of images ``[I, 3, height, width]``."""
+        if self.vision is None or self.connector is None:
+            raise ModelError("the batch holds images, but the model was loaded without a vision tower")
+        run_block = self._checkpointed_block if self.checkpointing and torch.is_grad_enabled() else None
+        features = self.vision(pixel_values, run_block)
+        return cast(Tensor, self.connector(features.to(self.dtype)))
+
+    def _chunk_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(hidden), labels, reduction="sum")
+
+    def _run_layers(
+        self,
+        embedded: Tensor,
+        positions: Tensor,
+        lengths: tuple[int, ...],
+        conditions: Tensor,
+        side: Tensor | None,
+        cache: KeyValueCache | None,
+    ) -> Tensor:
+        tokens, count = embedded.shape[0], 0
+        per_token = conditions.repeat_interleave(_as_tensor(lengths, conditions.device), output_size=tokens)
+        if side is not None:
+            count = side.shape[0]
+            embedded = torch.cat([embedded, side.to(embedded.dtype)])
+            positions = F.pad(positions, (0, count))
+            per_token = torch.cat([per_token, torch.arange(count, device=per_token.device)])
+        plan = AttentionPlan.of(lengths, embedded.device, count, cache)
+        context = ForwardContext(per_token, count)
+        states, positions = embedded.unsqueeze(0), positions.unsqueeze(0)
+        rotary = self.language.model.rotary_emb(states, position_ids=positions)
+        recompute = self.checkpointing and torch.is_grad_enabled()
+
+        def run(layer: nn.Module, hidden: Tensor) -> Tensor:
+            with self.context.set(context):
+                output = layer(
+                    hidden, attention_mask=plan, position_embeddings=rotary, position_ids=positions
+                )
+            return output[0] if isinstance(output, tuple) else output
+
+        for layer in self.layers:
+            states = _checkpointed(run, layer, states) if recompute else run(layer, states)
+        if cache is not None:
+            cache.advance(_as_tensor(lengths, embedded.device))
+        return cast(Tensor, self.language.model.norm(states[0, :tokens]))
+
+    @staticmethod
+    def _checkpointed_block(block: nn.Module, hidden: Tensor) -> Tensor:
+        def run(block: nn.Module, hidden: Tensor) -> Tensor:
+            output = block(hidden, None)
+            return output[0] if isinstance(output, tuple) else output
+
+        return _checkpointed(run, block, hidden)
+
+
+def _checkpointed(run: Callable[..., Tensor], module: nn.Module, hidden: Tensor) -> Tensor:
+    """Run a whole layer keeping only its input; dropout draws the same mask again in the recomputation."""
+    return cast(Tensor, checkpoint(run, module, hidden, use_reentrant=False))
+
+
+def _as_tensor(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(lengths, dtype=torch.int64, device=device)
+
+
+def count_parameters(parameters: dict[str, Any]) -> int:
+    """Return the number of values in ``parameters``."""
+    return sum(p.numel() for p in parameters.values())
