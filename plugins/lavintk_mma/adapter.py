@@ -1,0 +1,230 @@
+"""Attaches LaVIN's adapters to a language model and a vision tower."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lavintk.contracts import AffineUpdate
+from lavintk.errors import CheckpointError, ModelError, NotAffineError
+from lavintk_mma.modules import AffineAdapter, RoutedAdapter
+
+if TYPE_CHECKING:
+    from lavintk.layers import FrozenLinear
+    from lavintk.models.multimodal import ContextHolder, MultimodalModel
+    from lavintk_mma import MixtureOptions
+
+WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
+CONDITIONS = ("text", "image")
+ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+FEED_FORWARD_INPUTS = ("mlp.gate_proj", "mlp.up_proj")
+
+
+class RoutedNorm(nn.Module):
+    """A norm followed by a routed adapter that reads its weights off the modality tokens.
+
+    The modality token of each condition travels through the layers as a side token. In this layer's normed state it
+    feeds the router; every token takes the weights of its own row's condition. While decoding from a cache there are
+    no side tokens and the weights of the prompt pass are used again: they depend on the modality alone.
+    """
+
+    def __init__(self, norm: nn.Module, adapter: RoutedAdapter, context: ContextHolder) -> None:
+        super().__init__()
+        self.norm, self.adapter = norm, adapter
+        self._context = context
+        self.table: Tensor | None = None
+        """Routing weights ``[conditions, 2]`` of the last forward pass."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map ``[1, N + M, hidden]`` to the same shape."""
+        normed = self.norm(hidden)
+        context = self._context.current
+        if context.side:
+            table = self.adapter.weights(normed[0, -context.side :])
+            self.table = table.detach()
+        elif self.table is not None:
+            table = self.table
+        else:
+            raise RuntimeError("decoding without a prompt: the routing weights are not known yet")
+        return cast(Tensor, self.adapter(normed, table[context.conditions].unsqueeze(0)))
+
+
+class AffineNorm(nn.Module):
+    """A norm followed by a plain adapter."""
+
+    def __init__(self, norm: nn.Module, adapter: AffineAdapter) -> None:
+        super().__init__()
+        self.norm, self.adapter = norm, adapter
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map ``[..., width]`` to the same shape."""
+        return cast(Tensor, self.adapter(self.norm(hidden)))
+
+
+class ClassTokenNorm(nn.Module):
+    """A norm of the vision tower followed by a routed adapter that reads each image's own class token."""
+
+    def __init__(self, norm: nn.Module, adapter: RoutedAdapter) -> None:
+        super().__init__()
+        self.norm, self.adapter = norm, adapter
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map ``[I, tokens, width]`` to the same shape; routing weights are shared by an image's tokens."""
+        normed = self.norm(hidden)
+        return cast(Tensor, self.adapter(normed, self.adapter.weights(normed[:, :1])))
+
+
+class MixtureOfModalityAdapter(nn.Module):
+    """LaVIN's adapters in every decoder layer and, as chosen, in every block of the vision tower.
+
+    Position 0 of LaVIN's sequence, the modality token, is seen by nobody and sees only itself, so its path depends on
+    the modality alone. It is computed once per micro-batch and modality, as a side token, instead of once per row.
+    With dropout off this gives the original's numbers; with dropout the two differ in how masks are drawn.
+    """
+
+    conditions = CONDITIONS
+
+    def __init__(self, options: MixtureOptions) -> None:
+        super().__init__()
+        self.options = options
+        self.language = nn.ModuleDict()
+        self.visual = nn.ModuleDict()
+        self._linears: dict[str, FrozenLinear] = {}
+        self._norms: dict[str, RoutedNorm] = {}
+        self._model: MultimodalModel | None = None
+
+    def attach(self, model: MultimodalModel) -> None:
+        """Wrap the norms in front of q, k, v (and of the feed-forward layers with ``placement=block``)."""
+        self._linears = model.linears()
+        self.modality = nn.Embedding(len(CONDITIONS), model.hidden_size, device=model.device)
+        for index, layer in enumerate(model.layers):
+            self._wrap_language(model, layer, index, "input_layernorm", "attn")
+            if self.options.placement == "block":
+                self._wrap_language(model, layer, index, "post_attention_layernorm", "mlp")
+        if model.vision is not None and self.options.visual != "none":
+            for index, block in enumerate(model.vision.blocks):
+                self._wrap_visual(model, block, index, "layer_norm1", "attn")
+                if self.options.visual == "router_block":
+                    self._wrap_visual(model, block, index, "layer_norm2", "mlp")
+        self.language.to(model.device)
+        self.visual.to(model.device)
+        # set past nn.Module's bookkeeping: the model contains the adapter, so it must not become its child
+        object.__setattr__(self, "_model", model)
+
+    def side_tokens(self) -> Tensor:
+        """Return the modality tokens ``[2, hidden]``: text, image."""
+        return self.modality.weight
+
+    def save(self, folder: Path, base: str) -> None:
+        """Write ``adapter.safetensors`` (fp32) and ``adapter.json`` (geometry)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: p.detach().contiguous().cpu() for name, p in self.named_parameters()}
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "lavintk-mma"})
+        config = {"type": "mma", "base": base, **asdict(self.options)}
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+    def load(self, folder: Path) -> None:
+        """Read what :meth:`save` wrote; names and shapes must match exactly."""
+        try:
+            stored = load_file(folder / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(str(folder / WEIGHTS), [f"cannot be read: {error}"]) from error
+        own = dict(self.named_parameters())
+        faults = [f"{name} is missing" for name in own if name not in stored]
+        faults += [f"{name} is unexpected" for name in stored if name not in own]
+        faults += [
+            f"{name} has shape {tuple(stored[name].shape)}, the model needs {tuple(own[name].shape)}"
+            for name in own
+            if name in stored and stored[name].shape != own[name].shape
+        ]
+        if faults:
+            raise CheckpointError(
+                str(folder / WEIGHTS), faults, "Was the adapter trained on another model or with other options?"
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(stored[name])
+
+    def affine_updates(self) -> Iterator[AffineUpdate]:
+        """Yield what the adapters add to each linear layer they feed, per modality (RepAdapter's fold).
+
+        The adapter maps the normed state x to ``x + up (down x) + k``; a linear layer W behind it sees the update
+        ``(W up) (down x) + W k``.
+        """
+        tables = self.routing()
+        for condition, name in enumerate(CONDITIONS):
+            for key, adapter in self.language.items():
+                index, place = key.split("_")
+                down, up, bias = cast(RoutedAdapter, adapter).affine(tables[key][condition])
+                leaves = ATTENTION_INPUTS if place == "attn" else FEED_FORWARD_INPUTS
+                for leaf in leaves:
+                    yield self._through(f"language.model.layers.{index}.{leaf}", name, down, up, bias)
+        yield from self._visual_updates()
+
+    @torch.no_grad()
+    def routing(self) -> dict[str, Tensor]:
+        """Return the routing weights ``[conditions, 2]`` of each adapter in eval mode, by ``<layer>_<place>``."""
+        if self._model is None:
+            raise ModelError("the adapter is not attached to a model yet")
+        was_training = self._model.training
+        self._model.eval().run_side_tokens()
+        self._model.train(was_training)
+        return {key: cast(Tensor, norm.table) for key, norm in self._norms.items()}
+
+    def _wrap_language(
+        self, model: MultimodalModel, layer: nn.Module, index: int, norm: str, place: str
+    ) -> None:
+        if not hasattr(layer, norm):
+            raise ModelError(f"{type(layer).__name__} has no {norm}: the mma adapter fits Llama-like layers only")
+        o = self.options
+        adapter = RoutedAdapter(model.hidden_size, o.dim, o.groups, o.scale, o.temperature, o.dropout)
+        routed = RoutedNorm(getattr(layer, norm), adapter, model.context)
+        self.language[f"{index}_{place}"] = adapter
+        self._norms[f"{index}_{place}"] = routed
+        setattr(layer, norm, routed)
+
+    def _wrap_visual(
+        self, model: MultimodalModel, block: nn.Module, index: int, norm: str, place: str
+    ) -> None:
+        assert model.vision is not None
+        o, width = self.options, model.vision.width
+        wrapped: nn.Module
+        if o.visual == "affine":
+            plain = AffineAdapter(width, o.dim, o.groups, o.scale, o.dropout)
+            self.visual[f"{index}_{place}"] = plain
+            wrapped = AffineNorm(getattr(block, norm), plain)
+        elif not model.vision.has_class_token:
+            raise ModelError(
+                f"visual adapters of kind {o.visual!r} read a class token, which {type(model.vision.model).__name__} "
+                "has not; use --adapter mma:visual=affine"
+            )
+        else:
+            routed = RoutedAdapter(width, o.dim, o.groups, o.scale, o.temperature, o.dropout)
+            self.visual[f"{index}_{place}"] = routed
+            wrapped = ClassTokenNorm(getattr(block, norm), routed)
+        setattr(block, norm, wrapped)
+
+    def _visual_updates(self) -> Iterator[AffineUpdate]:
+        if self.visual and self.options.visual != "affine":
+            raise NotAffineError(
+                f"visual adapters of kind {self.options.visual!r} depend on the image and do not fold; "
+                "train with --adapter mma:visual=affine to export them folded"
+            )
+        for key, adapter in self.visual.items():
+            index = key.split("_")[0]
+            down, up, bias = cast(AffineAdapter, adapter).affine()
+            for leaf in ATTENTION_INPUTS:
+                yield self._through(f"vision.model.encoder.layers.{index}.{leaf}", "image", down, up, bias)
+
+    def _through(self, name: str, condition: str, down: Tensor, up: Tensor, bias: Tensor) -> AffineUpdate:
+        with torch.no_grad():
+            weight = self._linears[name].dequantize(torch.float32)
+            return AffineUpdate(name, condition, down.detach().clone(), weight @ up, weight @ bias)
