@@ -1,0 +1,102 @@
+"""LoRA on frozen linear layers of any storage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lavintk.contracts import AffineUpdate
+from lavintk.layers import FrozenLinear
+from lavintk_lora.files import load_lora, save_lora
+from lavintk_lora.targets import peft_targets, select_linears
+
+if TYPE_CHECKING:
+    from lavintk.models.multimodal import MultimodalModel
+    from lavintk_lora import LoraOptions
+
+
+class LoraLinear(nn.Module):
+    """``y = base(x) + scale * B (A dropout(x))``; changes nothing at the start, since B = 0.
+
+    A ``[r, in]`` and B ``[out, r]`` are fp32 master weights; the product runs in the type of ``x``.
+    """
+
+    def __init__(self, base: FrozenLinear, options: LoraOptions) -> None:
+        super().__init__()
+        self.base, self.scale, self.dropout = base, options.scale, options.dropout
+        # drawn on the host, so that a seed gives the same start on every device
+        down = torch.empty(options.r, base.in_features)
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+        device = next((buffer.device for buffer in base.buffers()), down.device)
+        self.down = nn.Parameter(down.to(device))
+        self.up = nn.Parameter(torch.zeros(base.out_features, options.r, device=device))
+        self.train(base.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``[..., out]`` in the type of ``x`` ``[..., in]``."""
+        # scaling r values per token is cheaper than scaling out_features of them
+        inner = self.scale * F.linear(F.dropout(x, self.dropout, self.training), self.down.to(x.dtype))
+        return cast(Tensor, self.base(x)) + F.linear(inner, self.up.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        """Describe the layer in ``print(model)``."""
+        return f"r={self.down.shape[0]}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+class LoraAdapter:
+    """LoRA on the layers that ``options.targets`` selects."""
+
+    conditions: tuple[str, ...] = ("all",)
+
+    def __init__(self, options: LoraOptions) -> None:
+        self.options = options
+        self.layers: dict[str, LoraLinear] = {}
+        """The wrapped layers by the name of the layer they wrap; empty until :meth:`attach`."""
+        self._peft_targets: list[str] = []
+
+    def attach(self, model: MultimodalModel) -> None:
+        """Wrap the selected linear layers in place.
+
+        :raises ModelError: a target fits no layer; the message lists the known names.
+        """
+        linears = model.linears()
+        selected = select_linears(self.options.targets, linears)
+        self._peft_targets = peft_targets(selected, linears)
+        for name in selected:
+            self.layers[name] = LoraLinear(linears[name], self.options)
+            model.replace(name, self.layers[name])
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield A and B of each layer as ``<linear>.lora_A.weight`` and ``<linear>.lora_B.weight``."""
+        for name, layer in self.layers.items():
+            yield f"{name}.lora_A.weight", layer.down
+            yield f"{name}.lora_B.weight", layer.up
+
+    def side_tokens(self) -> None:
+        """Return None: LoRA adds no tokens."""
+
+    def save(self, folder: Path, base: str) -> None:
+        """Write PEFT's ``adapter_config.json`` and ``adapter_model.safetensors``, fp32.
+
+        Layers of the vision tower have no place there and go to ``vision_adapter.safetensors``.
+        """
+        save_lora(folder, dict(self.named_parameters()), self.options, self._peft_targets, base)
+
+    def load(self, folder: Path) -> None:
+        """Read what :meth:`save` or PEFT wrote. Nothing is changed unless all of it fits.
+
+        :raises CheckpointError: unreadable files, another rank or scale, features of PEFT that change the
+            function, and missing, unexpected or misshapen tensors, all of them listed.
+        """
+        load_lora(folder, dict(self.named_parameters()), self.options)
+
+    def affine_updates(self) -> Iterator[AffineUpdate]:
+        """Yield A and scale * B of each layer; the same under every condition."""
+        for name, layer in self.layers.items():
+            yield AffineUpdate(name, "all", layer.down.detach(), layer.scale * layer.up.detach())

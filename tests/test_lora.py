@@ -1,0 +1,418 @@
+import copy
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import lavintk_lora
+import pluggy
+import pytest
+import torch
+from lavintk_lora.adapter import LoraAdapter
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from lavintk import builtin, hookspecs
+from lavintk.errors import CheckpointError, ModelError, OptionsError
+from lavintk.layers import DenseLinear
+from lavintk.models.connector import TapNeck
+from lavintk.models.multimodal import MultimodalModel
+from lavintk.models.vision import VisionTower
+from lavintk.plugins import CORE, Plugins
+from lavintk.registry import Choice
+
+# PEFT asks transformers for an attribute that transformers has renamed
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+TOKENS = torch.arange(1, 13).reshape(2, 6)
+LEAVES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+Q_PROJ = "language.model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def plugins() -> Plugins:
+    manager = pluggy.PluginManager("lavintk")
+    manager.add_hookspecs(hookspecs)
+    manager.register(builtin, CORE)
+    manager.register(lavintk_lora, "lora")
+    manager.check_pending()
+    plugins = Plugins(manager)
+    plugins.call_one("lora", "lavintk_register_adapters", registry=plugins.adapters.owned_by("lora"))
+    return plugins
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
+    return cast(LlamaForCausalLM, LlamaForCausalLM(config).train(False))
+
+
+def with_frozen_linears(module: nn.Module) -> Any:
+    """Return a copy whose linear layers are frozen ones with the same weights."""
+    module = copy.deepcopy(module)
+    linears = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+    for name, linear in linears.items():
+        bias = None if linear.bias is None else linear.bias.detach()
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, DenseLinear(linear.weight.detach(), bias))
+    return module
+
+
+def multimodal(language: nn.Module, with_vision: bool = False) -> MultimodalModel:
+    if not with_vision:
+        return MultimodalModel(with_frozen_linears(language)).eval()
+    config = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    tower = VisionTower(with_frozen_linears(CLIPVisionModel(config)), 1)
+    return MultimodalModel(with_frozen_linears(language), tower, TapNeck(16, 8, 32)).eval()
+
+
+def attached(model: MultimodalModel, seed: int = 1, **options: Any) -> LoraAdapter:
+    """Return an adapter on ``model`` as after training: neither A nor B is at its start."""
+    adapter = LoraAdapter(lavintk_lora.LoraOptions(**options))
+    model.attach(adapter)
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in adapter.named_parameters():
+        parameter.data.normal_(0, 0.1, generator=generator)
+    return adapter
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return cast(Tensor, model(input_ids=TOKENS).logits)
+
+
+def test_a_fresh_adapter_changes_no_output(llama: LlamaForCausalLM) -> None:
+    model = multimodal(llama)
+    before = logits(model.language)
+    model.attach(LoraAdapter(lavintk_lora.LoraOptions(dropout=0.5)))
+    assert torch.equal(logits(model.language), before)
+
+
+def test_a_seed_gives_the_same_start_as_kaiming_uniform(llama: LlamaForCausalLM) -> None:
+    model = multimodal(llama)
+    adapter = LoraAdapter(lavintk_lora.LoraOptions(r=4, targets="q_proj"))
+    torch.manual_seed(7)
+    model.attach(adapter)
+    torch.manual_seed(7)
+    expected = nn.Linear(
+        32, 4, bias=False
+    ).weight  # torch initialises linear layers so, and PEFT takes that over
+    assert torch.equal(adapter.layers[Q_PROJ].down, expected)
+    assert not adapter.layers[Q_PROJ].up.any()
+
+
+def test_all_selects_the_seven_projections_of_the_language_model_only(llama: LlamaForCausalLM) -> None:
+    adapter = attached(multimodal(llama, with_vision=True))
+    expected = {name for name, child in llama.named_modules() if isinstance(child, nn.Linear)} - {"lm_head"}
+    assert {name.removeprefix("language.") for name in adapter.layers} == expected
+
+
+@pytest.mark.parametrize(
+    ("targets", "leaves", "count"),
+    [
+        ("q_proj, v_proj", {"q_proj", "v_proj"}, 4),
+        ("q_proj+v_proj", {"q_proj", "v_proj"}, 4),
+        ("*.q_proj", {"q_proj"}, 2),
+        ("language.*.1.mlp.*", {"gate_proj", "up_proj", "down_proj"}, 3),
+        (Q_PROJ, {"q_proj"}, 1),
+        ("vision.*.fc?", {"fc1", "fc2"}, 4),
+        ("all,vision.*.0.mlp.fc1", LEAVES | {"fc1"}, 15),
+    ],
+)
+def test_targets_select_by_leaf_name_and_by_pattern(
+    llama: LlamaForCausalLM, targets: str, leaves: set[str], count: int
+) -> None:
+    adapter = attached(multimodal(llama, with_vision=True), targets=targets)
+    assert {name.rpartition(".")[2] for name in adapter.layers} == leaves
+    assert len(adapter.layers) == count
+
+
+def test_targets_that_fit_nothing_are_listed_with_suggestions(llama: LlamaForCausalLM) -> None:
+    model = multimodal(llama, with_vision=True)
+    with pytest.raises(ModelError) as caught:
+        model.attach(LoraAdapter(lavintk_lora.LoraOptions(targets="q_porj,v_proj,fc1,language.*.q")))
+    message = str(caught.value)
+    assert "'q_porj' fits no linear layer. Did you mean 'q_proj'?" in message
+    assert "'fc1' fits no linear layer. The vision tower has such layers: write 'vision.*.fc1'" in message
+    assert "'language.*.q' fits no linear layer" in message
+    assert "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj" in message
+    assert model.adapter is None
+
+
+def test_empty_targets_are_refused(llama: LlamaForCausalLM) -> None:
+    with pytest.raises(ModelError, match="it is empty"):
+        attached(multimodal(llama), targets=" , ")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 4, "alpha": 12},
+        {"r": 4, "alpha": 12, "rslora": True},
+        {"r": 3, "targets": "q_proj,down_proj,lm_head"},
+        {"r": 3, "targets": "language.*.1.*,language.*.0.self_attn.v_proj"},
+    ],
+)
+def test_peft_loads_the_adapter_and_gives_the_same_logits(
+    llama: LlamaForCausalLM, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    model = multimodal(llama)
+    attached(model, **options).save(tmp_path, "some/base")
+    base = logits(llama)
+    loaded = PeftModel.from_pretrained(llama, tmp_path)
+    torch.testing.assert_close(logits(model.language), logits(loaded), rtol=0, atol=1e-5)
+    assert (logits(loaded) - base).abs().max() > 1e-2
+    assert loaded.peft_config["default"].base_model_name_or_path == "some/base"
+
+
+def test_transformers_loads_the_adapter_and_gives_the_same_logits(
+    llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    model = multimodal(llama)
+    attached(model, r=4).save(tmp_path, "some/base")
+    llama.load_adapter(str(tmp_path))
+    torch.testing.assert_close(logits(model.language), logits(llama), rtol=0, atol=1e-5)
+
+
+def test_the_gradients_are_those_of_peft(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    model = multimodal(llama)
+    adapter = attached(model, r=4, rslora=True)
+    adapter.save(tmp_path, "base")
+    peft = PeftModel.from_pretrained(llama, tmp_path, is_trainable=True)
+    for network in (model.language, peft):
+        network(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    theirs = {name: p.grad for name, p in peft.named_parameters() if p.requires_grad}
+    for name, parameter in adapter.named_parameters():
+        key = "base_model.model." + name.removeprefix("language.").replace(".weight", ".default.weight")
+        torch.testing.assert_close(parameter.grad, theirs.pop(key), rtol=1e-4, atol=1e-6)
+    assert not theirs
+    assert all(p.grad is None for n, p in model.named_parameters() if not p.requires_grad)
+
+
+def test_the_configuration_says_what_vllm_requires(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    attached(multimodal(llama), r=4, alpha=8, rslora=True, targets="q_proj,v_proj").save(tmp_path, "base")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["task_type"]) == ("LORA", "CAUSAL_LM")
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 8, True)
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+    assert (config["bias"], config["use_dora"], config["modules_to_save"]) == ("none", False, None)
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in load_file(
+        tmp_path / "adapter_model.safetensors"
+    )
+
+
+@pytest.fixture
+def written_by_peft(llama: LlamaForCausalLM, tmp_path: Path) -> tuple[Path, Tensor]:
+    """An adapter of rank 4 and alpha 8 that PEFT wrote, and the logits it gives there."""
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    peft = get_peft_model(copy.deepcopy(llama), config)
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.1)
+    peft.save_pretrained(str(tmp_path / "peft"))
+    return tmp_path / "peft", logits(peft)
+
+
+def test_an_adapter_written_by_peft_gives_the_same_logits_here(
+    llama: LlamaForCausalLM, written_by_peft: tuple[Path, Tensor]
+) -> None:
+    folder, expected = written_by_peft
+    model = multimodal(llama)
+    attached(model, r=4, alpha=8, targets="q_proj,up_proj").load(folder)
+    torch.testing.assert_close(logits(model.language), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"lora_alpha": 16}, "has lora_alpha=16, the model's adapter has 8"),
+        ({"use_rslora": True}, "has use_rslora=True, the model's adapter has False"),
+        ({"use_dora": True}, "uses use_dora=True, which lavintk lacks"),
+        ({"rank_pattern": {"q_proj": 2}}, "uses rank_pattern={'q_proj': 2}"),
+        ({"bias": "all"}, "trains biases (bias='all')"),
+        (
+            {"init_lora_weights": "pissa"},
+            "has init_lora_weights='pissa', which belongs to a changed base model",
+        ),
+        ({"peft_type": "LOHA"}, "does not describe a LoRA adapter"),
+    ],
+)
+def test_settings_that_would_give_another_function_are_refused(
+    llama: LlamaForCausalLM, written_by_peft: tuple[Path, Tensor], changes: dict[str, Any], fault: str
+) -> None:
+    path = written_by_peft[0] / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(CheckpointError) as caught:
+        attached(multimodal(llama), r=4, alpha=8, targets="q_proj,up_proj").load(path.parent)
+    assert len(caught.value.faults) == 1
+    assert fault in caught.value.faults[0]
+
+
+def test_what_was_saved_is_loaded_bit_for_bit(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"r": 4, "targets": "all,vision.*.fc1"}
+    saved = attached(multimodal(llama, with_vision=True), seed=1, **options)
+    loaded = attached(multimodal(llama, with_vision=True), seed=2, **options)
+    saved.save(tmp_path / "new" / "folder", "base")
+    loaded.load(tmp_path / "new" / "folder")
+    expected = dict(saved.named_parameters())
+    assert all(torch.equal(p, expected[name]) for name, p in loaded.named_parameters())
+
+
+def test_vision_layers_are_kept_out_of_pefts_file(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    model = multimodal(llama, with_vision=True)
+    attached(model, r=4, targets="v_proj,vision.*.q_proj").save(tmp_path, "base")
+    vision = load_file(tmp_path / "vision_adapter.safetensors")
+    assert sorted(vision) == [
+        f"vision.model.encoder.layers.{layer}.self_attn.q_proj.lora_{half}.weight"
+        for layer in (0, 1)
+        for half in "AB"
+    ]
+    torch.testing.assert_close(
+        logits(model.language), logits(PeftModel.from_pretrained(llama, tmp_path)), rtol=0, atol=1e-5
+    )
+
+
+def test_an_adapter_of_the_vision_tower_alone_needs_no_peft_files(
+    llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    saved = attached(multimodal(llama, with_vision=True), r=4, targets="vision.*.q_proj")
+    saved.save(tmp_path, "base")
+    assert [path.name for path in tmp_path.iterdir()] == ["vision_adapter.safetensors"]
+    attached(multimodal(llama, with_vision=True), r=4, targets="vision.*.q_proj").load(tmp_path)
+    with pytest.raises(CheckpointError, match=r"vision_adapter\.safetensors has lora_alpha=32"):
+        attached(multimodal(llama, with_vision=True), r=4, alpha=8, targets="vision.*.q_proj").load(tmp_path)
+
+
+def test_all_faults_of_a_checkpoint_are_listed_and_nothing_is_changed(
+    llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    adapter = attached(multimodal(llama, with_vision=True), r=4, targets="q_proj,vision.*.q_proj")
+    adapter.save(tmp_path, "base")
+    (tmp_path / "vision_adapter.safetensors").write_bytes(b"cut off")
+    path = tmp_path / "adapter_model.safetensors"
+    prefix = "base_model.model.model.layers"
+    tensors = load_file(path)
+    tensors["extra"] = tensors.pop(f"{prefix}.0.self_attn.q_proj.lora_A.weight")
+    tensors[f"{prefix}.1.self_attn.q_proj.lora_B.weight"] = torch.zeros(32, 2)
+    save_file(tensors, path)
+    before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
+    with pytest.raises(CheckpointError) as caught:
+        adapter.load(tmp_path)
+    message = str(caught.value)
+    assert "4 faults" in message
+    assert f"{prefix}.0.self_attn.q_proj.lora_A.weight is missing in adapter_model.safetensors" in message
+    assert "extra in adapter_model.safetensors is unexpected" in message
+    assert (
+        "q_proj.lora_B.weight has shape (32, 2) in adapter_model.safetensors, the model needs (32, 4)"
+        in message
+    )
+    assert "vision_adapter.safetensors cannot be read" in message
+    assert all(torch.equal(p, before[name]) for name, p in adapter.named_parameters())
+
+
+def test_an_empty_folder_and_layers_nobody_asked_for_are_faults(
+    llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    narrow = attached(multimodal(llama, with_vision=True), r=4, targets="q_proj")
+    with pytest.raises(CheckpointError, match=r"(?s)adapter_config.json cannot be read.*adapter_model"):
+        narrow.load(tmp_path)
+    attached(multimodal(llama, with_vision=True), r=4, targets="q_proj,vision.*.fc1").save(tmp_path, "base")
+    with pytest.raises(CheckpointError, match=r"fc1\.lora_A\.weight in vision_adapter\S+ is unexpected"):
+        narrow.load(tmp_path)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_affine_updates_merged_into_the_weights_give_the_same_logits(
+    llama: LlamaForCausalLM, rslora: bool
+) -> None:
+    model = multimodal(llama)
+    adapter = attached(model, r=4, alpha=5, rslora=rslora, dropout=0.3)
+    with torch.no_grad():
+        for update in adapter.affine_updates():
+            assert update.condition == "all"
+            assert update.bias is None
+            name = update.linear.removeprefix("language.") + ".weight"
+            llama.get_parameter(name).add_(update.up @ update.down)
+    torch.testing.assert_close(logits(model.language), logits(llama), rtol=0, atol=1e-5)
+
+
+def test_one_update_is_yielded_for_each_layer_and_is_fp32(llama: LlamaForCausalLM) -> None:
+    adapter = attached(multimodal(llama.bfloat16()), r=4, targets="k_proj")
+    updates = list(adapter.affine_updates())
+    assert [u.linear for u in updates] == [f"language.model.layers.{i}.self_attn.k_proj" for i in (0, 1)]
+    assert {(u.down.dtype, u.up.dtype) for u in updates} == {(torch.float32, torch.float32)}
+    assert (updates[0].down.shape, updates[0].up.shape) == ((4, 32), (16, 4))
+
+
+def test_a_bf16_model_keeps_fp32_master_weights_and_gradients(llama: LlamaForCausalLM) -> None:
+    model = multimodal(llama.bfloat16())
+    adapter = attached(model, r=4)
+    output = model.language(input_ids=TOKENS, labels=TOKENS)
+    output.loss.backward()
+    assert output.logits.dtype == torch.bfloat16
+    for _, parameter in adapter.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+
+
+def test_dropout_acts_in_training_only_and_keeps_the_mean(llama: LlamaForCausalLM) -> None:
+    model = multimodal(llama)
+    layer = attached(model, r=4, dropout=0.5).layers[Q_PROJ]
+    x = torch.randn(32).expand(20000, 32)
+    expected = layer(x[0])
+    model.train()
+    torch.manual_seed(0)
+    drawn = layer(x)
+    assert drawn.std(dim=0).min() > 1e-2
+    torch.testing.assert_close(drawn.mean(dim=0), expected, rtol=0, atol=0.05)
+
+
+def test_the_name_and_its_options_are_found_as_on_the_command_line(
+    plugins: Plugins, llama: LlamaForCausalLM
+) -> None:
+    choice = Choice.parse("lora:r=4,alpha=8,rslora=true,targets=q_proj+v_proj")
+    adapter = plugins.adapters.create(choice)
+    multimodal(llama).attach(adapter)
+    assert isinstance(adapter, LoraAdapter)
+    assert adapter.options == lavintk_lora.LoraOptions(r=4, alpha=8, rslora=True, targets="q_proj+v_proj")
+    assert adapter.options.scale == 4.0
+    assert adapter.conditions == ("all",)
+    assert next(record for record in plugins.records() if record.name == "lora").offers == {
+        "adapters": ["lora"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"r": 0}, "r must be at least 1"),
+        ({"alpha": 0}, "alpha must be at least 1"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
+        ({"init": "pissa"}, "option 'init'"),
+        ({"target": "all"}, "Did you mean 'targets'?"),
+    ],
+)
+def test_unfitting_options_are_refused_before_a_model_is_loaded(
+    plugins: Plugins, options: dict[str, Any], fault: str
+) -> None:
+    with pytest.raises(OptionsError) as caught:
+        plugins.adapters["lora"].parse_options(options)
+    assert fault in str(caught.value)
