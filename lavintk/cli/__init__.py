@@ -1,0 +1,69 @@
+"""The command line: a thin layer over the library, one module per command.
+
+Nothing here imports torch before a command needs it, so that ``lavintk --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from lavintk import __version__
+from lavintk.cli import data, doctor, evaluate, models, plugins, train
+from lavintk.errors import LavintkError
+from lavintk.plugins import installed_plugins
+
+
+def make_group(with_plugins: bool = True) -> click.Group:
+    """Return the command line, with the commands of all plugins unless ``with_plugins`` is false."""
+    group = click.Group(
+        "lavintk",
+        help="Adapt a multimodal language model on one GPU, and ship what you trained.",
+        params=[click.Option(["--debug"], is_flag=True, help="Show the traceback of an error.")],
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+        no_args_is_help=True,
+        callback=lambda debug: None,
+    )
+    click.version_option(__version__, prog_name="lavintk")(group)
+    for command in (train.train, evaluate.evaluate, data.data, models.models, plugins.plugins, doctor.doctor):
+        group.add_command(command)
+    if with_plugins:
+        installed_plugins().add_commands(group)
+    return group
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; expected errors are shown without a traceback."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments  # wherever it stands
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    _quiet_libraries()
+    try:
+        doctor_called = arguments[:1] == ["doctor"]  # which has to work beside a broken plugin
+        group = make_group(with_plugins=not doctor_called)
+        result = group.main(arguments, prog_name="lavintk", standalone_mode=False)
+    except LavintkError as error:
+        if debug:
+            raise
+        click.echo(f"{click.style('Error:', fg='red', bold=True)} {error}", err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Stopped.", err=True)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return result if isinstance(result, int) else 0
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' own remarks off the terminal and their telemetry off the network."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -1,0 +1,124 @@
+"""``lavintk train``: train what a recipe says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+DEMO = "demo"
+"""Recipe that runs when neither a recipe nor a model nor data is named."""
+CUSTOM = {"name": "custom", "model": {}, "data": {}}
+"""Start of a recipe that is given by flags alone."""
+
+FLAGS = {
+    "model": "model.language",
+    "vision": "model.vision",
+    "quant": "quant",
+    "adapter": "adapter",
+    "optim": "optim",
+    "data": "data.train",
+    "validation": "data.validation",
+    "test": "data.test",
+    "template": "data.template",
+    "max_length": "data.max_length",
+    "epochs": "train.epochs",
+    "max_steps": "train.max_steps",
+    "batch_size": "train.batch_size",
+    "accumulate": "train.accumulate",
+    "lr": "train.lr",
+    "precision": "train.precision",
+    "device": "train.device",
+    "seed": "train.seed",
+}
+"""Flag to the key of the recipe that it overrides."""
+
+
+@click.command()
+@click.argument("recipe", required=False)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/<time>-<recipe>]")
+@click.option("--resume", type=click.Path(path_type=Path), help="Go on with the run in this folder.")
+@click.option("--model", help="Language model: catalog name, folder, .gguf file or hub id.")
+@click.option("--vision", help="Vision tower: catalog name, folder or hub id.")
+@click.option("--quant", help="Quantizer of the frozen base: nf4, int8, none, ... (lavintk plugins list).")
+@click.option("--adapter", help="Adapter: mma, lora, ...")
+@click.option("--optim", help="Optimizer: paged, 8bit, adamw, ...")
+@click.option("--data", help="Training records, FORMAT:PATH, for example alpaca:data.json.")
+@click.option("--validation", help="Records for the loss during training.")
+@click.option("--test", help="Records to answer before and after training.")
+@click.option("--template", help="auto, chat, lavin or the path of a .jinja file.")
+@click.option("--max-length", type=int, help="Tokens per row, visual tokens included.")
+@click.option("--epochs", type=float)
+@click.option("--max-steps", type=int, help="Optimizer steps; overrides --epochs.")
+@click.option("--batch-size", type=int, help="Rows per micro-batch.")
+@click.option("--accumulate", type=int, help="Micro-batches per optimizer step.")
+@click.option("--lr", type=float, help="Peak learning rate.")
+@click.option("--precision", help="auto, bf16, fp16 or fp32.")
+@click.option("--device", help="auto, cpu, cuda or cuda:N.")
+@click.option("--seed", type=int)
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override any key of the recipe.")
+@click.option("--dry-run", is_flag=True, help="Print the resolved recipe and stop.")
+def train(
+    recipe: str | None,
+    out: Path | None,
+    resume: Path | None,
+    assignments: tuple[str, ...],
+    dry_run: bool,
+    **flags: Any,
+) -> None:
+    """Train what RECIPE says: a shipped name (demo, lavin-7b-lite, ...) or a YAML file.
+
+    Without a recipe, a model and data, the demo runs: it teaches a small language model to answer questions about
+    pictures. With --model and --data no recipe is needed.
+    """
+    from rich.console import Console
+
+    from lavintk.errors import RecipeError
+    from lavintk.plugins import installed_plugins
+    from lavintk.recipe import make_recipe, parse_assignment, read_recipe
+
+    console = Console()
+    overrides = {FLAGS[name]: value for name, value in flags.items() if value is not None}
+    overrides |= dict(parse_assignment(text) for text in assignments)
+    if resume is not None:
+        if recipe or out or overrides:
+            raise RecipeError("--resume", ["a run goes on with its own recipe; leave out everything else"])
+        _run_resumed(resume, console)
+        return
+    if recipe is None:
+        named = flags["model"] or flags["data"]
+        content: dict[str, Any] = CUSTOM if named else read_recipe(DEMO)
+    else:
+        content = read_recipe(recipe)
+    resolved = make_recipe(content, overrides)
+    resolved.check(installed_plugins())
+    if dry_run:
+        click.echo(resolved.to_yaml(), nl=False)
+        return
+    from lavintk.train import train as run_training
+
+    run = run_training(resolved, out, console=console)
+    show_next_steps(run.folder, run.manifest["status"], console)
+
+
+def _run_resumed(folder: Path, console: Any) -> None:
+    from lavintk.run import Run
+    from lavintk.train import train as run_training
+
+    run = run_training(Run.open(folder).recipe, folder, resume=True, console=console)
+    show_next_steps(run.folder, run.manifest["status"], console)
+
+
+def show_next_steps(folder: Path, status: str, console: Any) -> None:
+    """Say where the run lies and what to do with it."""
+    console.print(f"\nrun: {folder} ({status})", highlight=False)
+    if status == "interrupted":
+        return
+    console.print(
+        f"  lavintk eval {folder}                    score it again, or on other data with --data\n"
+        f"  tensorboard --logdir {folder}            look at the curves\n"
+        f"  python -c \"import lavintk; print(lavintk.load('{folder}').generate('...', image='...'))\"",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,64 @@
+"""Which device and number type to compute with, and how much memory was used."""
+
+from __future__ import annotations
+
+import sys
+
+import psutil
+import torch
+
+from lavintk.errors import RecipeError
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    :raises RecipeError: CUDA is asked for and not there, or the name is unknown.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError("train.device", [f"{name!r} is not a device; use auto, cpu, cuda or cuda:N"]) from error
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError("train.device", [f"{name!r} is not supported; use auto, cpu, cuda or cuda:N"])
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(
+            "train.device", [f"{name!r} was asked for, but torch {torch.__version__} sees no CUDA device"],
+            "`lavintk doctor` says why.",
+        )  # fmt: skip
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RecipeError("train.device", [f"{name!r}: there are {torch.cuda.device_count()} CUDA devices"])
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """Return the compute type; ``auto`` is bf16 on CUDA where the GPU has it, else fp16; fp32 on a CPU."""
+    if name != "auto":
+        return PRECISIONS[name]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak so far in bytes: allocated on a CUDA device, resident memory of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, Linux in KiB
+
+
+def describe(device: torch.device) -> str:
+    """Return the device in words."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return f"CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,269 @@
+"""A recipe says everything about a run: model, data, adapter, optimizer, schedule.
+
+It is a YAML file; flags and ``--set a.b=c`` override it. The whole recipe is checked before anything is loaded,
+and all faults are reported together. The shipped recipes lie in ``lavintk/recipes``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from lavintk.errors import LavintkError, OptionsError, RecipeError, did_you_mean
+from lavintk.plugins import Plugins
+from lavintk.registry import Choice
+
+
+def _to_choice(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return Choice.parse(value)
+        except OptionsError as error:
+            raise ValueError("; ".join(error.faults)) from error
+    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
+        return Choice(value["name"], {key: option for key, option in value.items() if key != "name"})
+    if isinstance(value, Choice):
+        return value
+    raise ValueError("must be a name, 'name:option=value', or a mapping with the key 'name'")
+
+
+def _from_choice(choice: Choice) -> Any:
+    return {"name": choice.name, **choice.options} if choice.options else choice.name
+
+
+_EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+"""Numbers that YAML 1.1 takes for text, such as ``1e-3``."""
+
+PluginChoice = Annotated[Choice, BeforeValidator(_to_choice), PlainSerializer(_from_choice)]
+
+
+class Section(BaseModel):
+    """Base of all parts of a recipe: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class ModelSection(Section):
+    """The frozen models and what joins them."""
+
+    language: str = Field(description="catalog name, folder, .gguf file or hub id of the language model")
+    vision: str | None = Field(
+        None, description="catalog name, folder or hub id of the vision tower; null for text"
+    )
+    tap_every: int = Field(4, ge=1, description="take the tower's class token after every so many blocks")
+    neck: int = Field(128, ge=1, description="hidden width of the visual neck")
+
+
+class DataSection(Section):
+    """The records and how they become tokens."""
+
+    train: PluginChoice = Field(description="record format and file, for example alpaca:data.json")
+    split: str = Field("train", description="split to train on, for formats that have splits")
+    validation: PluginChoice | None = Field(None, description="records for the loss during training")
+    validation_split: str = "validation"
+    test: PluginChoice | None = Field(None, description="records to answer before and after training")
+    test_split: str = "test"
+    template: str = Field("auto", description="auto, chat, lavin, or the path of a .jinja file")
+    system: str | None = Field(None, description="system message put before conversations that have none")
+    max_length: int = Field(512, ge=8, description="tokens per row, visual tokens included")
+    too_long: Literal["drop", "truncate", "error"] = Field("drop", description="what happens to longer rows")
+    resize: Literal["squash", "crop"] = Field("squash", description="squash: LaVIN's; crop: CLIP's own")
+
+
+class TrainSection(Section):
+    """The optimization."""
+
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
+    batch_size: int = Field(1, ge=1, description="rows per micro-batch")
+    accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step")
+    lr: float = Field(2e-4, gt=0, description="peak learning rate")
+    min_lr: float = Field(0.0, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(0.03, ge=0, description="below 1: share of all steps; otherwise steps")
+    weight_decay: float = Field(0.0, ge=0, description="not applied to biases and vectors")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null for none")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="compute type; auto is bf16 on CUDA devices that have it, fp32 on a CPU"
+    )
+    checkpointing: Literal["auto", True, False] = Field(
+        "auto", description="recompute layers in the backward pass; auto: on CUDA yes, on a CPU no"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    seed: int = 0
+    log_every: int = Field(1, ge=1)
+    eval_every: int | None = Field(
+        None, ge=1, description="steps between validations; null: after each epoch"
+    )
+    save_every: int | None = Field(
+        None, ge=1, description="steps between checkpoints; null: with each validation"
+    )
+    keep: int = Field(2, ge=1, description="checkpoints to keep besides the best")
+    patience: int | None = Field(None, ge=1, description="stop after so many validations without improvement")
+
+
+class EvaluationSection(Section):
+    """Answering test records before and after training."""
+
+    name: PluginChoice = Field(default_factory=lambda: Choice("exact-match"))
+    before: bool = Field(True, description="also evaluate the untrained model")
+    max_new_tokens: int = Field(16, ge=1)
+    batch_size: int = Field(32, ge=1)
+
+
+class Recipe(Section):
+    """A complete, valid recipe."""
+
+    name: str = "run"
+    model: ModelSection
+    quant: PluginChoice = Field(default_factory=lambda: Choice("none"))
+    adapter: PluginChoice = Field(default_factory=lambda: Choice("lora"))
+    optim: PluginChoice = Field(default_factory=lambda: Choice("adamw"))
+    data: DataSection
+    train: TrainSection = Field(default_factory=TrainSection)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+
+    def dump(self) -> dict[str, Any]:
+        """Return the recipe as plain values, ready for YAML or JSON."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML, every default written out."""
+        return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
+
+    def check(self, plugins: Plugins) -> None:
+        """Check every name and option that a plugin answers for, without loading anything heavy.
+
+        :raises RecipeError: all faults together.
+        """
+        choices: list[tuple[str, Any, Choice | None]] = [
+            ("quant", plugins.quantizers, self.quant),
+            ("adapter", plugins.adapters, self.adapter),
+            ("optim", plugins.optimizers, self.optim),
+            ("data.train", plugins.datasets, self.data.train),
+            ("data.validation", plugins.datasets, self.data.validation),
+            ("data.test", plugins.datasets, self.data.test),
+            ("evaluation.name", plugins.evaluations, self.evaluation.name),
+        ]
+        faults: list[str] = []
+        for place, registry, choice in choices:
+            if choice is None:
+                continue
+            try:
+                registry[choice.name].parse_options(choice.options)
+            except OptionsError as error:
+                faults += [f"{place}: {error.subject}: {fault}" for fault in error.faults]
+            except LavintkError as error:
+                faults.append(f"{place}: {error}")
+        if faults:
+            raise RecipeError(f"recipe {self.name!r}", faults)
+
+
+def shipped() -> dict[str, Path]:
+    """Return the recipes that come with lavintk, by name."""
+    folder = Path(str(files("lavintk") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def read_recipe(reference: str) -> dict[str, Any]:
+    """Return the raw content of a shipped recipe or of a YAML file.
+
+    :raises RecipeError: no such recipe, or not a YAML mapping.
+    """
+    path = shipped().get(reference, Path(reference))
+    if not path.is_file():
+        known = list(shipped())
+        raise RecipeError(
+            f"recipe {reference!r}",
+            [f"neither a file nor a shipped recipe ({', '.join(known)}).{did_you_mean(reference, known)}"],
+        )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(str(path), [f"not valid YAML: {error}"]) from error
+    if not isinstance(content, dict):
+        raise RecipeError(str(path), [f"a recipe is a mapping of keys, found {type(content).__name__}"])
+    content.setdefault("name", path.stem)
+    return cast("dict[str, Any]", content)
+
+
+def make_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Return a valid recipe from raw content, with ``overrides`` (dotted keys to values) laid over it.
+
+    :raises RecipeError: unknown keys, wrong types, values out of range; all of them together.
+    """
+    merged = _copy(content)
+    for key, value in (overrides or {}).items():
+        _set(merged, key.split("."), value)
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        subject = f"recipe {content.get('name', 'run')!r}"
+        raise RecipeError(subject, [_fault(cast("Mapping[str, Any]", e)) for e in error.errors()]) from error
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Read ``a.b=value``; the value is YAML, so ``null``, ``true``, numbers and lists work.
+
+    :raises RecipeError: no ``=``, or the value is not YAML.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {text}", ["expected key=value, for example train.lr=1e-3"])
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {text}", [f"the value is not valid YAML: {error}"]) from error
+    if isinstance(parsed, str) and _EXPONENT.fullmatch(parsed):
+        parsed = float(parsed)
+    return key.strip(), parsed
+
+
+def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterable[str]:
+    """Yield every dotted key of a recipe."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from known_keys(field.annotation, f"{prefix}{name}.")
+
+
+def _fault(error: Mapping[str, Any]) -> str:
+    place = ".".join(str(part) for part in error["loc"] if part != "function-before[_to_choice(), any]")
+    if error["type"] == "extra_forbidden":
+        known = list(known_keys())
+        close = did_you_mean(place, known) or _same_leaf(place, known)
+        return f"unknown key {place!r}.{close}"
+    if error["type"] == "missing":
+        return f"{place} is required"
+    return f"{place}: {error['msg'].removeprefix('Value error, ')}, got {error['input']!r}"
+
+
+def _same_leaf(place: str, known: Iterable[str]) -> str:
+    """Suggest a key of another section: ``lr`` for ``train.lr``."""
+    leaf = place.rpartition(".")[2]
+    found = [key for key in known if key.rpartition(".")[2] == leaf]
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def _copy(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in content.items()}
+
+
+def _set(target: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = target.get(key)
+        if isinstance(inner, str):  # quant: nf4 and --set quant.double_quant=false
+            choice = Choice.parse(inner)
+            inner = target[key] = {"name": choice.name, **choice.options}
+        if not isinstance(inner, dict):
+            inner = target[key] = {}
+        target = inner
+    target[keys[-1]] = value

@@ -1,0 +1,205 @@
+"""A run on disk: what was asked, what happened, what came out; and the model it holds, ready to use."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lavintk.errors import RunError
+from lavintk.recipe import Recipe, make_recipe, read_recipe
+from lavintk.registry import Choice
+
+if TYPE_CHECKING:
+    from lavintk.contracts import EvaluationResult
+    from lavintk.data.records import ImageSource, Record
+    from lavintk.generate import Sampling
+    from lavintk.models.build import Assembly
+
+RECIPE, MANIFEST, METRICS, MODEL = "recipe.yaml", "manifest.json", "metrics.jsonl", "model"
+PACKAGES = ("lavintk", "torch", "transformers", "bitsandbytes", "safetensors", "tokenizers", "pluggy", "numpy")
+
+
+class Run:
+    """The folder of a run.
+
+    ``manifest`` holds versions, hashes, counts, peak memory and evaluation figures; it is written with
+    :meth:`record`.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, manifest: dict[str, Any]) -> None:
+        self.folder, self.recipe, self.manifest = folder, recipe, manifest
+        self._assembly: Assembly | None = None
+
+    @classmethod
+    def create(cls, folder: Path, recipe: Recipe) -> Run:
+        """Make a new run folder.
+
+        :raises RunError: the folder exists and is not empty.
+        """
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunError(
+                f"{folder} exists and is not empty; choose another --out, or go on with `--resume {folder}`"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest = {
+            "status": "started",
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "recipe": recipe.dump(),
+            "versions": versions(),
+        }
+        run = cls(folder, recipe, manifest)
+        (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+        run.record()
+        return run
+
+    @classmethod
+    def open(cls, folder: Path) -> Run:
+        """Open an existing run folder without loading the model.
+
+        :raises RunError: the folder or one of its files is missing or broken.
+        """
+        missing = [name for name in (RECIPE, MANIFEST) if not (folder / name).is_file()]
+        if missing:
+            found = "does not exist" if not folder.is_dir() else f"lacks {' and '.join(missing)}"
+            raise RunError(f"{folder} {found}, so it is no run; `lavintk train` makes one under runs/")
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(f"{folder / MANIFEST} is not valid JSON: {error}") from error
+        return cls(folder, make_recipe(read_recipe(str(folder / RECIPE))), manifest)
+
+    def record(self, **entries: Any) -> None:
+        """Add entries to the manifest and write it, replacing the old file in one step."""
+        self.manifest.update(entries)
+        partial = self.folder / f"{MANIFEST}.partial"
+        partial.write_text(json.dumps(self.manifest, indent=2, default=str) + "\n", encoding="utf-8")
+        os.replace(partial, self.folder / MANIFEST)
+
+    @property
+    def assembly(self) -> Assembly:
+        """The trained model with tokenizer, template and image processor; loaded on first use."""
+        if self._assembly is None:
+            self.load()
+        assert self._assembly is not None
+        return self._assembly
+
+    def load(self, device: str | None = None) -> Run:
+        """Load the frozen base, quantize it as in training, and put the trained weights in.
+
+        :param device: overrides the recipe's, for example ``"cpu"``.
+        :raises RunError: the run holds no trained weights.
+        """
+        from lavintk.checkpoints import load_weights
+        from lavintk.devices import pick_device, pick_precision
+        from lavintk.models.build import build
+        from lavintk.plugins import installed_plugins
+
+        weights = self.folder / MODEL
+        if not weights.is_dir():
+            raise RunError(f"{self.folder} holds no trained weights yet; go on with `lavintk train --resume`")
+        target = pick_device(device or self.recipe.train.device)
+        dtype = pick_precision(self.recipe.train.precision, target)
+        assembly = build(self.recipe, installed_plugins(), target, dtype)
+        load_weights(assembly.model, weights)
+        assembly.model.eval()
+        self._assembly = assembly
+        return self
+
+    def use(self, assembly: Assembly) -> None:
+        """Take over a model that is already in memory."""
+        self._assembly = assembly
+
+    def generate(
+        self,
+        prompt: str,
+        image: ImageSource | str | None = None,
+        *,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+    ) -> str:
+        """Answer one prompt, with an image if given.
+
+        :param image: path or encoded bytes of an image.
+        """
+        from lavintk.answer import Answerer
+        from lavintk.data.records import Message, Record
+        from lavintk.generate import Sampling as Greedy
+
+        images = () if image is None else (Path(image) if isinstance(image, str) else image,)
+        record = Record("prompt", (Message("user", prompt),), images)
+        pieces = Answerer(self.assembly, 1).stream(
+            record, max_new_tokens=max_new_tokens, sampling=sampling or Greedy()
+        )
+        return "".join(pieces)
+
+    def evaluate(
+        self,
+        data: str | Choice | None = None,
+        *,
+        split: str | None = None,
+        evaluation: str | Choice | None = None,
+        max_new_tokens: int | None = None,
+        batch_size: int | None = None,
+    ) -> EvaluationResult:
+        """Score the trained model; without arguments, on the recipe's test data.
+
+        :raises RunError: neither ``data`` nor the recipe names records to answer.
+        """
+        settings = self.recipe.evaluation
+        chosen = Choice.parse(data) if isinstance(data, str) else data or self.recipe.data.test
+        if chosen is None:
+            raise RunError("the recipe names no test data; give some, for example --data alpaca:test.json")
+        scorer = Choice.parse(evaluation) if isinstance(evaluation, str) else evaluation or settings.name
+        return evaluate(
+            self.assembly,
+            load_records(chosen, split or self.recipe.data.test_split),
+            scorer,
+            max_new_tokens=max_new_tokens or settings.max_new_tokens,
+            batch_size=batch_size or settings.batch_size,
+        )
+
+
+def load(folder: str | os.PathLike[str], *, device: str | None = None) -> Run:
+    """Open a finished run and load its model.
+
+    :raises RunError: no run there, or nothing trained yet.
+    """
+    return Run.open(Path(folder)).load(device)
+
+
+def load_records(choice: Choice, split: str) -> list[Record]:
+    """Read the records that ``choice`` names.
+
+    :raises DataError: every fault of the file.
+    """
+    from lavintk.plugins import installed_plugins
+
+    return installed_plugins().datasets.create(choice).load(split)
+
+
+def evaluate(
+    assembly: Assembly, records: list[Record], evaluation: Choice, *, max_new_tokens: int, batch_size: int
+) -> EvaluationResult:
+    """Score a loaded model on records."""
+    from lavintk.answer import Answerer
+    from lavintk.plugins import installed_plugins
+
+    scorer = installed_plugins().evaluations.create(evaluation)
+    return scorer.evaluate(Answerer(assembly, batch_size), records, max_new_tokens=max_new_tokens)
+
+
+def versions() -> Mapping[str, str]:
+    """Return the versions of Python and of the packages a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,209 @@
+"""Training runs from end to end on tiny models: what they promise about sums, resuming, stopping and faults."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import lavintk
+from lavintk.checkpoints import checkpoints
+from lavintk.errors import RunError, TrainingError
+from lavintk.hookspecs import hookimpl
+from lavintk.plugins import installed_plugins
+from lavintk.run import Run
+from lavintk.train import Trainer
+from tests.tiny import write_language_model, write_vision_tower
+
+COLOURS = ("red", "blue", "green", "black")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny language model, vision tower, pictures and data files."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("tiny")
+    write_language_model(folder / "llm")
+    write_vision_tower(folder / "vit")
+    text = [{"instruction": f"what color is {c}?", "input": "", "output": c * (i + 1)} for i, c in enumerate(COLOURS * 2)]
+    (folder / "alpaca.json").write_text(json.dumps(text))
+    rows = []
+    for i, colour in enumerate(COLOURS * 2):
+        Image.new("RGB", (28, 28), colour).save(folder / f"{i}.png")
+        picture = {"image": f"{i}.png"} if i % 4 else {}
+        rows.append({"id": f"row{i}", "prompt": "what color is the shape?", "answer": colour, **picture})
+    (folder / "mixed.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def recipe(folder: Path, **train: Any) -> dict[str, Any]:
+    return {
+        "name": "tiny",
+        "model": {"language": str(folder / "llm")},
+        "adapter": {"name": "lora", "r": 4, "dropout": 0.1},
+        "data": {"train": {"name": "alpaca", "path": str(folder / "alpaca.json")}, "max_length": 128},
+        "train": {"batch_size": 2, "lr": 1e-2, "device": "cpu", "max_steps": 4, **train},
+    }
+
+
+def multimodal(folder: Path, **train: Any) -> dict[str, Any]:
+    content = recipe(folder, **train)
+    content["model"] |= {"vision": str(folder / "vit"), "tap_every": 2, "neck": 8}
+    content["adapter"] = "mma"
+    content["data"]["train"] = {"name": "jsonl", "path": str(folder / "mixed.jsonl")}
+    return content
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in run.assembly.model.trainable().items()}
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8", "none"])
+@pytest.mark.parametrize("optim", ["adamw", "paged", "8bit", "paged-8bit"])
+def test_lora_learns_on_every_quantizer_with_every_optimizer(
+    folder: Path, tmp_path: Path, quant: str, optim: str
+) -> None:
+    content = recipe(folder, max_steps=12, batch_size=8) | {"quant": quant, "optim": optim}
+    content["adapter"]["dropout"] = 0.0
+    run = lavintk.train(content, tmp_path / "run")
+    losses = [json.loads(line)["loss"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 12
+    assert losses[-1] < losses[0] - 0.2
+    assert run.manifest["status"] == "finished"
+
+
+def test_a_multimodal_run_trains_on_mixed_rows_and_answers_after_loading(folder: Path, tmp_path: Path) -> None:
+    content = multimodal(folder, max_steps=3, batch_size=4) | {"quant": "nf4", "optim": "paged"}
+    content["data"]["test"] = content["data"]["train"]
+    run = lavintk.train(content, tmp_path / "run")
+    evaluation = run.manifest["evaluation"]
+    assert evaluation["questions"] == 8
+    assert evaluation["majority_accuracy"] == 0.25
+    assert {"accuracy_before", "accuracy_after"} <= set(evaluation)
+    loaded = lavintk.load(tmp_path / "run")
+    for name, expected in weights(run).items():
+        assert torch.equal(weights(loaded)[name], expected), name
+    picture = folder / "1.png"
+    assert loaded.generate("what color is the shape?", picture, max_new_tokens=4) == run.generate(
+        "what color is the shape?", picture, max_new_tokens=4
+    )
+    assert loaded.evaluate().scores["accuracy"] == evaluation["accuracy_after"]
+
+
+def test_the_manifest_says_what_the_result_rests_on(folder: Path, tmp_path: Path) -> None:
+    manifest = lavintk.train(recipe(folder), tmp_path / "run").manifest
+    assert manifest == json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] or manifest["versions"]["torch"]
+    assert len(manifest["data"]["sha256"]) == len(manifest["base"]["language"]["sha256"]) == 64
+    assert manifest["peak_memory_bytes"] > 0
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text()) == manifest["recipe"]
+
+
+def gradients(folder: Path, out: Path, batch_size: int, accumulate: int) -> dict[str, torch.Tensor]:
+    """Return the gradients of the first window of eight rows."""
+    content = recipe(folder, batch_size=batch_size, accumulate=accumulate)
+    content["adapter"]["dropout"] = 0.0
+    trainer = Trainer(Run.create(out, lavintk.recipe.make_recipe(content)), installed_plugins(), quiet())
+    trainer.prepare(False)
+    window = next(trainer.windows())
+    trainer._backward(window, sum(batch.labelled for batch in window))
+    return {name: p.grad for name, p in trainer.assembly.model.trainable().items() if p.grad is not None}
+
+
+def quiet() -> Any:
+    from rich.console import Console
+
+    return Console(quiet=True)
+
+
+def test_accumulated_micro_batches_weigh_every_trained_token_the_same(folder: Path, tmp_path: Path) -> None:
+    """Rows of different answer lengths: eight at once, or two by two, give the same gradient."""
+    whole = gradients(folder, tmp_path / "whole", 8, 1)
+    parts = gradients(folder, tmp_path / "parts", 2, 4)
+    for name, expected in whole.items():
+        torch.testing.assert_close(parts[name], expected, atol=1e-6, rtol=1e-4, msg=name)
+
+
+class PressCtrlC:
+    """A plugin that interrupts the run after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.at = step
+
+    @hookimpl
+    def lavintk_step_finished(self, step: Any) -> None:
+        if step.step == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "paged", "paged-8bit"])
+def test_an_interrupted_run_resumes_to_exactly_the_weights_of_an_uninterrupted_one(
+    folder: Path, tmp_path: Path, optim: str
+) -> None:
+    content = multimodal(folder, max_steps=7, batch_size=3) | {"optim": optim}  # 3 steps to an epoch
+    straight = weights(lavintk.train(content, tmp_path / "straight"))
+    plugin = PressCtrlC(4)
+    manager = installed_plugins().manager
+    manager.register(plugin, "ctrl-c")
+    try:
+        stopped = lavintk.train(content, tmp_path / "resumed")
+    finally:
+        manager.unregister(plugin)
+    assert stopped.manifest["status"] == "interrupted"
+    assert [path.name for path in checkpoints(stopped.folder)][-1] == "step-000004"
+    resumed = lavintk.train(Run.open(tmp_path / "resumed").recipe, tmp_path / "resumed", resume=True)
+    assert resumed.manifest["status"] == "finished"
+    for name, expected in straight.items():
+        assert torch.equal(weights(resumed)[name], expected), name
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_records_and_keeps_the_last_good_state(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lavintk.models.multimodal import MultimodalModel
+
+    real, calls = MultimodalModel.loss_sum, []
+
+    def broken_later(self: MultimodalModel, batch: Any) -> torch.Tensor:
+        calls.append(batch.record_ids)
+        return real(self, batch) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(MultimodalModel, "loss_sum", broken_later)
+    with pytest.raises(TrainingError) as caught:
+        lavintk.train(recipe(folder), tmp_path / "run")
+    assert all(name in str(caught.value) for name in calls[2])
+    assert "step 3" in str(caught.value)
+    run = Run.open(tmp_path / "run")
+    assert run.manifest["status"] == "failed"
+    monkeypatch.setattr(MultimodalModel, "loss_sum", real)
+    resumed = lavintk.train(run.recipe, tmp_path / "run", resume=True)
+    assert (resumed.manifest["status"], resumed.manifest["steps"]) == ("finished", 4)
+
+
+def test_training_stops_early_and_keeps_the_best_weights(folder: Path, tmp_path: Path) -> None:
+    content = recipe(folder, max_steps=40, lr=3.0, eval_every=1, patience=2, schedule="constant", warmup=0)
+    content["data"]["validation"] = content["data"]["train"]
+    run = lavintk.train(content, tmp_path / "run")  # a rate of 3 can only make things worse
+    assert run.manifest["status"] == "stopped early"
+    assert run.manifest["steps"] == run.manifest["best_step"] + 2
+    best = tmp_path / "run" / "checkpoints" / f"step-{run.manifest['best_step']:06d}"
+    assert (best / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "run" / "model" / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_only_the_newest_checkpoints_are_kept(folder: Path, tmp_path: Path) -> None:
+    run = lavintk.train(recipe(folder, save_every=1, keep=2), tmp_path / "run")
+    assert [path.name for path in checkpoints(run.folder)] == ["step-000003", "step-000004"]
+
+
+def test_a_folder_in_use_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="not empty"):
+        lavintk.train(recipe(folder), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
