@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lavintk.dense import DenseQuantizer
+from lavintk.layers import DenseLinear, FrozenLinear, PackedWeight
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class HalvesLinear(FrozenLinear):
+    """A quantizer's layer as small as can be: whole numbers of halves."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight.shape[0], weight.shape[1], bias)
+        self.codes: Tensor
+        self.register_buffer("codes", (weight * 2).round().to(torch.int8))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.codes.to(dtype) / 2
+
+    def packed(self) -> PackedWeight:
+        return PackedWeight("halves", (self.out_features, self.in_features), self.codes)
+
+
+def make_halves(bias: bool = True) -> HalvesLinear:
+    torch.manual_seed(0)
+    return HalvesLinear(torch.randn(5, 7) * 3, torch.randn(5) if bias else None)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7), (0, 7)])
+def test_frozen_layer_computes_what_linear_computes_with_its_weight(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    layer = make_halves()
+    x = torch.randn(*shape).to(dtype)
+    assert layer.bias is not None
+    expected = F.linear(x, layer.dequantize(dtype), layer.bias.to(dtype))
+    actual = layer(x)
+    assert actual.dtype == dtype
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradient_of_a_frozen_layer_passes_gradcheck(bias: bool) -> None:
+    layer = make_halves(bias).double()
+    x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+
+
+def test_frozen_layer_keeps_no_tensor_for_the_backward_pass() -> None:
+    layer, kept = make_halves(), []
+    x = torch.randn(3, 7, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t), lambda t: t):
+        layer(x)
+    assert kept == []
+
+
+def test_frozen_layer_trains_nothing() -> None:
+    layer = make_halves()
+    assert list(layer.parameters()) == []
+    assert not layer(torch.randn(3, 7)).requires_grad
+
+
+def test_bits_per_weight_count_the_storage_but_not_the_bias() -> None:
+    assert make_halves(bias=True).bits_per_weight() == 8
+    assert DenseLinear(torch.zeros(5, 7), torch.zeros(5)).bits_per_weight() == 32
+    assert DenseLinear(torch.zeros(5, 7, dtype=torch.bfloat16)).bits_per_weight() == 16
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_dense_layer_equals_torch_linear_with_its_gradient(dtype: torch.dtype, bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(7, 5, bias=bias, dtype=dtype)
+    dense = DenseQuantizer().quantize(linear.weight, linear.bias)
+    x = torch.randn(2, 3, 7).to(dtype).requires_grad_()
+    other = x.detach().clone().requires_grad_()
+    expected, actual = linear(x), dense(other)
+    weights = torch.randn_like(expected)
+    (expected * weights).sum().backward()
+    (actual * weights).sum().backward()
+    assert torch.equal(actual, expected)
+    assert x.grad is not None
+    assert other.grad is not None
+    assert torch.equal(other.grad, x.grad)
+
+
+def test_dense_layer_computes_in_the_type_of_x() -> None:
+    weight, bias, x = torch.randn(5, 7), torch.randn(5), torch.randn(3, 7).bfloat16()
+    expected = F.linear(x, weight.bfloat16(), bias.bfloat16())
+    assert torch.equal(DenseLinear(weight, bias)(x), expected)
+
+
+def test_dense_quantizer_shares_the_memory_and_freezes_it() -> None:
+    linear = nn.Linear(7, 5)
+    dense = DenseQuantizer().quantize(linear.weight, linear.bias)
+    assert dense.weight.data_ptr() == linear.weight.data_ptr()
+    assert not dense.weight.requires_grad
+    assert list(dense.parameters()) == []
+    packed = dense.packed()
+    assert (packed.scheme, packed.shape, packed.scales) == ("dense", (5, 7), None)
+    assert packed.codes.data_ptr() == linear.weight.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_empty_dense_layer_takes_a_saved_state_with_its_type(dtype: torch.dtype) -> None:
+    source = DenseLinear(torch.randn(5, 7).to(dtype), torch.randn(5).to(dtype))
+    for device in ("cpu", "meta"):
+        target = DenseQuantizer().empty(5, 7, True, torch.device(device))
+        target.load_state_dict(source.state_dict(), assign=True)
+        assert target.bias is not None
+        assert source.bias is not None
+        assert target.weight.dtype == target.bias.dtype == dtype
+        assert torch.equal(target.weight, source.weight)
+        assert torch.equal(target.bias, source.bias)
+    assert DenseQuantizer().empty(5, 7, False, torch.device("cpu")).bias is None
+
+
+def test_copied_layer_is_independent() -> None:
+    layer = DenseLinear(torch.ones(2, 2))
+    duplicate = copy.deepcopy(layer)
+    duplicate.weight.zero_()
+    assert torch.equal(layer.weight, torch.ones(2, 2))
+
+
+def test_printed_layer_shows_its_shape() -> None:
+    assert "in_features=7, out_features=5, bias=True" in repr(make_halves())
