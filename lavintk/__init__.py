@@ -10,12 +10,12 @@ from lavintk.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from lavintk.run import Run, load
-    from lavintk.train import train
+    from lavintk.training import train
 
 __version__ = "0.1.0"
 __all__ = ["LavintkError", "Run", "__version__", "hookimpl", "load", "train"]
 
-_LAZY = {"train": "lavintk.train", "load": "lavintk.run", "Run": "lavintk.run"}
+_LAZY = {"train": "lavintk.training", "load": "lavintk.run", "Run": "lavintk.run"}
 
 
 def __getattr__(name: str) -> Any:

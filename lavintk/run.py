@@ -76,9 +76,10 @@ class Run:
 
     def record(self, **entries: Any) -> None:
         """Add entries to the manifest and write it, replacing the old file in one step."""
-        self.manifest.update(entries)
+        text = json.dumps({**self.manifest, **entries}, indent=2, default=str)
+        self.manifest = json.loads(text)  # what is in memory is what is on disk
         partial = self.folder / f"{MANIFEST}.partial"
-        partial.write_text(json.dumps(self.manifest, indent=2, default=str) + "\n", encoding="utf-8")
+        partial.write_text(text + "\n", encoding="utf-8")
         os.replace(partial, self.folder / MANIFEST)
 
     @property

@@ -96,7 +96,7 @@ def train(
     if dry_run:
         click.echo(resolved.to_yaml(), nl=False)
         return
-    from lavintk.train import train as run_training
+    from lavintk.training import train as run_training
 
     run = run_training(resolved, out, console=console)
     show_next_steps(run.folder, run.manifest["status"], console)
@@ -104,7 +104,7 @@ def train(
 
 def _run_resumed(folder: Path, console: Any) -> None:
     from lavintk.run import Run
-    from lavintk.train import train as run_training
+    from lavintk.training import train as run_training
 
     run = run_training(Run.open(folder).recipe, folder, resume=True, console=console)
     show_next_steps(run.folder, run.manifest["status"], console)
