@@ -116,7 +116,10 @@ def measure(reference: str, quant: str) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds, peak = time.perf_counter() - started, sampler.stop()
-    line = f"{reference} as {quant} on {describe(device)}: {seconds:.1f} s, {source.nbytes() / seconds / 1e9:.2f} GB/s of stored weights, host peak {peak / 1e9:.2f} GB (without mapped files)"
+    line = (
+        f"{reference} as {quant} on {describe(device)}: {seconds:.1f} s, {source.nbytes() / seconds / 1e9:.2f} GB/s "
+        f"of stored weights, host peak {peak / 1e9:.2f} GB (without mapped files)"
+    )
     if device.type == "cuda":
         final, top = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
         line += f", device peak {top / 2**30:.2f} GiB, final {final / 2**30:.2f} GiB"

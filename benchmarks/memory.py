@@ -108,7 +108,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    versions = f"lavintk {lavintk.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, bitsandbytes {bitsandbytes.__version__}"
+    packages = (lavintk, torch, transformers, bitsandbytes)
+    versions = ", ".join(f"{package.__name__} {package.__version__}" for package in packages)
     print(f"{describe(torch.device('cuda'))}; {versions}")
     print(f"{arguments.quant}, {arguments.adapter}, {arguments.optim}, {arguments.rows} x {arguments.length} tokens")
     results = []

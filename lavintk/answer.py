@@ -53,8 +53,7 @@ class Answerer:
         """Return the text of ``ids`` up to the first stop id, without special tokens and surrounding space."""
         stop = self.assembly.template.stop_ids
         end = next((place for place, token in enumerate(ids) if token in stop), len(ids))
-        text: str = self.assembly.tokenizer.decode(list(ids[:end]), skip_special_tokens=True)
-        return text.strip()
+        return str(self.assembly.tokenizer.decode(list(ids[:end]), skip_special_tokens=True)).strip()
 
     def _steps(self, batch: Batch, max_new_tokens: int, sampling: Sampling) -> Iterator[list[int | None]]:
         model = self.assembly.model

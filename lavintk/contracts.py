@@ -182,9 +182,7 @@ class EvaluationResult:
 class Evaluation(Protocol):
     """Scores a model on records."""
 
-    def evaluate(
-        self, model: AnsweringModel, records: Sequence[Record], *, max_new_tokens: int
-    ) -> EvaluationResult:
+    def evaluate(self, model: AnsweringModel, records: Sequence[Record], *, max_new_tokens: int) -> EvaluationResult:
         """Return the scores of ``model`` on ``records``; the last assistant message is the reference.
 
         :raises DataError: a record lacks what the evaluation needs.

@@ -54,15 +54,21 @@ class Finding:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def examine() -> Iterator[Finding]:
-    """Yield the findings of all checks, each as soon as it is made; imports torch, so takes some seconds."""
+def examine(announce: Callable[[str], object] = lambda area: None) -> list[Finding]:
+    """Return the findings of all checks; takes some seconds, since torch is imported.
+
+    :param announce: called with each area before it is looked at.
+    """
+    findings: list[Finding] = []
     for area, check in CHECKS.items():
+        announce(area)
         try:
-            yield from check()
+            findings.extend(check())
         except Exception as error:  # a doctor must not die of what ails the patient
             text = f"the check itself failed: {type(error).__name__}: {error}"
             advice = "reinstall what the message names; if it stays, report it with `lavintk doctor --json`"
-            yield Finding(area, "fault", text, advice)
+            findings.append(Finding(area, "fault", text, advice))
+    return findings
 
 
 def check_machine() -> Iterator[Finding]:
@@ -173,9 +179,7 @@ def check_onnxruntime() -> Iterator[Finding]:
         return
     if len(installed) > 1:
         text = f"{listed} are both installed and overwrite each other's files"
-        advice = (
-            "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'lavintk[cpu]' or 'lavintk[gpu]'"
-        )
+        advice = "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'lavintk[cpu]' or 'lavintk[gpu]'"
         yield Finding("onnxruntime", "fault", text, advice, facts)
         return
     try:
@@ -245,9 +249,7 @@ def check_plugins() -> Iterator[Finding]:
         records = load_plugins(disabled | broken).records()
     except PluginError as error:
         text, _, advice = str(error).partition("\n")
-        yield Finding(
-            "plugins", "fault", text, advice or "uninstall or disable one of them (LAVINTK_DISABLE)"
-        )
+        yield Finding("plugins", "fault", text, advice or "uninstall or disable one of them (LAVINTK_DISABLE)")
         return
     offered = sum(len(names) for record in records for names in record.offers.values())
     times = {name: seconds for name, (seconds, error) in used.items() if not error}
@@ -311,10 +313,7 @@ def _plugin_trouble(name: str, seconds: float, error: str) -> Finding:
     if error:
         advice = f"install what is missing, or skip it with LAVINTK_DISABLE={name}"
         return Finding("plugins", "fault", f"{name} failed to load: {error}", advice, facts)
-    advice = (
-        "every command waits for it: heavy imports belong inside its factories "
-        f"(LAVINTK_DISABLE={name} skips it)"
-    )
+    advice = f"every command waits for it: heavy imports belong inside its factories (LAVINTK_DISABLE={name} skips it)"
     return Finding("plugins", "advice", f"{name} takes {seconds:.1f} s to load", advice, facts)
 
 

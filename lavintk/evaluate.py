@@ -22,9 +22,7 @@ class ExactMatch:
     model that learned nothing but the distribution reaches) and ``questions``.
     """
 
-    def evaluate(
-        self, model: AnsweringModel, records: Sequence[Record], *, max_new_tokens: int
-    ) -> EvaluationResult:
+    def evaluate(self, model: AnsweringModel, records: Sequence[Record], *, max_new_tokens: int) -> EvaluationResult:
         """Answer every record greedily and compare."""
         if not records:
             raise DataError("evaluation", ["there are no records to answer"])

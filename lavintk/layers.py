@@ -69,7 +69,7 @@ class FrozenLinear(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``[..., out]`` in the type of ``x`` ``[..., in]``; gradients flow to ``x`` only."""
-        product: Tensor = _FrozenProduct.apply(x, self)
+        product: Tensor = _FrozenProduct.apply(x, self)  # type: ignore[no-untyped-call]
         return product
 
     def extra_repr(self) -> str:

@@ -140,9 +140,7 @@ def installed_plugins() -> Plugins:
 
 def disabled_names() -> frozenset[str]:
     """Return the plugin names that ``LAVINTK_DISABLE`` lists, separated by commas."""
-    return frozenset(
-        filter(None, (name.strip() for name in os.environ.get("LAVINTK_DISABLE", "").split(",")))
-    )
+    return frozenset(filter(None, (name.strip() for name in os.environ.get("LAVINTK_DISABLE", "").split(","))))
 
 
 def installed_names() -> frozenset[str]:
@@ -163,9 +161,7 @@ def _load_manager(disabled: frozenset[str]) -> pluggy.PluginManager:
     try:
         manager.check_pending()  # without it a misspelt hook name is accepted silently
     except pluggy.PluginValidationError as error:
-        raise PluginError(
-            f"{error}\nskip the plugin with LAVINTK_DISABLE={_plugin_name(manager, error)}"
-        ) from error
+        raise PluginError(f"{error}\nskip the plugin with LAVINTK_DISABLE={_plugin_name(manager, error)}") from error
     return manager
 
 

@@ -53,9 +53,7 @@ class ModelSection(Section):
     """The frozen models and what joins them."""
 
     language: str = Field(description="catalog name, folder, .gguf file or hub id of the language model")
-    vision: str | None = Field(
-        None, description="catalog name, folder or hub id of the vision tower; null for text"
-    )
+    vision: str | None = Field(None, description="catalog name, folder or hub id of the vision tower; null for text")
     tap_every: int = Field(4, ge=1, description="take the tower's class token after every so many blocks")
     neck: int = Field(128, ge=1, description="hidden width of the visual neck")
 
@@ -100,12 +98,8 @@ class TrainSection(Section):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     seed: int = 0
     log_every: int = Field(1, ge=1)
-    eval_every: int | None = Field(
-        None, ge=1, description="steps between validations; null: after each epoch"
-    )
-    save_every: int | None = Field(
-        None, ge=1, description="steps between checkpoints; null: with each validation"
-    )
+    eval_every: int | None = Field(None, ge=1, description="steps between validations; null: after each epoch")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; null: with each validation")
     keep: int = Field(2, ge=1, description="checkpoints to keep besides the best")
     patience: int | None = Field(None, ge=1, description="stop after so many validations without improvement")
 

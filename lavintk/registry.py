@@ -166,9 +166,7 @@ class Registry(Generic[Product]):
     def __getitem__(self, name: str) -> Entry[Product]:
         """Return the entry; an unknown name raises :class:`UnknownNameError` with a suggestion."""
         if name not in self._entries:
-            raise UnknownNameError(
-                self.kind, name, self.names(), [self._entries[n].owner for n in self.names()]
-            )
+            raise UnknownNameError(self.kind, name, self.names(), [self._entries[n].owner for n in self.names()])
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
@@ -216,8 +214,6 @@ def _describe_option(declared: dataclasses.Field[Any]) -> Option:
     if declared.default_factory is not dataclasses.MISSING:
         default = declared.default_factory()
     type_name = (
-        declared.type
-        if isinstance(declared.type, str)
-        else getattr(declared.type, "__name__", str(declared.type))
+        declared.type if isinstance(declared.type, str) else getattr(declared.type, "__name__", str(declared.type))
     )
     return Option(declared.name, type_name, default, _required(declared), declared.metadata.get("help", ""))

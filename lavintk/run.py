@@ -43,9 +43,7 @@ class Run:
         :raises RunError: the folder exists and is not empty.
         """
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RunError(
-                f"{folder} exists and is not empty; choose another --out, or go on with `--resume {folder}`"
-            )
+            raise RunError(f"{folder} exists and is not empty; choose another --out, or go on with `--resume {folder}`")
         folder.mkdir(parents=True, exist_ok=True)
         manifest = {
             "status": "started",
@@ -134,9 +132,7 @@ class Run:
 
         images = () if image is None else (Path(image) if isinstance(image, str) else image,)
         record = Record("prompt", (Message("user", prompt),), images)
-        pieces = Answerer(self.assembly, 1).stream(
-            record, max_new_tokens=max_new_tokens, sampling=sampling or Greedy()
-        )
+        pieces = Answerer(self.assembly, 1).stream(record, max_new_tokens=max_new_tokens, sampling=sampling or Greedy())
         return "".join(pieces)
 
     def evaluate(

@@ -10,9 +10,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def learning_rate(
-    step: int, total: int, *, peak: float, lowest: float, schedule: str, warmup: float
-) -> float:
+def learning_rate(step: int, total: int, *, peak: float, lowest: float, schedule: str, warmup: float) -> float:
     """Return the rate of optimizer step ``step`` (0-based) out of ``total``.
 
     Warm-up rises linearly and reaches ``peak`` at its end; the first step is not wasted at 0.

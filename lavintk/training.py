@@ -117,9 +117,7 @@ class Trainer:
         if resume:
             self._resume()
         trainable = count_parameters(self.assembly.model.trainable())
-        self.info = RunInfo(
-            self.run.folder, self.recipe.name, self.recipe.dump(), self.total_steps, trainable
-        )
+        self.info = RunInfo(self.run.folder, self.recipe.name, self.recipe.dump(), self.total_steps, trainable)
         self.run.use(self.assembly)
         self.run.record(
             status="running", device=describe(self.device), precision=str(self.dtype).removeprefix("torch."),
@@ -161,9 +159,7 @@ class Trainer:
     def _load_model(self) -> None:
         started = time.monotonic()
         with loading_bar(self.console, f"loading {self.recipe.model.language}") as progress:
-            self.assembly = build(
-                self.recipe, self.plugins, self.device, self.dtype, cast("Any", progress)
-            )
+            self.assembly = build(self.recipe, self.plugins, self.device, self.dtype, cast("Any", progress))
         model, images = self.assembly.model, self.assembly.images
         self.read_image = None if images is None else ImageCache(images)
         setting = self.recipe.train.checkpointing
@@ -179,9 +175,7 @@ class Trainer:
 
     def _tokenize(self, records: list[Record], validation: list[Record]) -> None:
         data = self.recipe.data
-        self.rows, report = tokenize_all(
-            records, self.assembly.template, data.max_length, too_long=data.too_long
-        )
+        self.rows, report = tokenize_all(records, self.assembly.template, data.max_length, too_long=data.too_long)
         self.validation = []
         if validation:
             self.validation, _ = tokenize_all(

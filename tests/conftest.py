@@ -32,15 +32,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_surroundings(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
+def own_surroundings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Give each test an empty cache directory and none of the developer's own settings."""
     monkeypatch.setenv("LAVINTK_CACHE", str(tmp_path_factory.mktemp("cache")))
     for name in ("LAVINTK_DISABLE", "LAVINTK_TRACE"):
         monkeypatch.delenv(name, raising=False)
     yield
     installed_plugins.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny language model, a vision tower, pictures and data files; do not write into it."""
+    from tests.runs import write_everything  # imports transformers
+
+    return write_everything(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
@@ -80,9 +86,7 @@ def install_plugin(
         (site / f"{module}.py").write_text(source, encoding="utf-8")
         metadata = site / f"{module}-{version}.dist-info"
         metadata.mkdir()
-        (metadata / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
-        )
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
         (metadata / "entry_points.txt").write_text(f"[lavintk]\n{name} = {module}\n")
         monkeypatch.syspath_prepend(site)
         modules.append(module)

@@ -21,9 +21,7 @@ def row(length: int, name: str = "r", images: int = 0, first: int = 100) -> Toke
     ids = list(range(first, first + length))
     labels = [IGNORED] * (length - 2) + [ids[-1], IGNORED]
     sources = tuple(Path(f"{name}-{place}.png") for place in range(images))
-    return TokenizedRecord(
-        name, ids, labels, list(range(1, 1 + 2 * images)), sources, IMAGE if images else TEXT, 1
-    )
+    return TokenizedRecord(name, ids, labels, list(range(1, 1 + 2 * images)), sources, IMAGE if images else TEXT, 1)
 
 
 def pixels_of(source: Any, record_id: str = "") -> torch.Tensor:
@@ -123,9 +121,7 @@ def test_batches_come_in_the_plans_order_whatever_the_threads_do(workers: int) -
         return pixels_of(source)
 
     batches = list(BatchLoader(IMAGE_ROWS, IMAGE_PLAN, slow, workers=workers, prefetch=3))
-    assert [batch.record_ids for batch in batches] == [
-        tuple(f"r{index}" for index in pair) for pair in IMAGE_PLAN
-    ]
+    assert [batch.record_ids for batch in batches] == [tuple(f"r{index}" for index in pair) for pair in IMAGE_PLAN]
     for batch in batches:
         expected = torch.stack([pixels_of(f"{name}-0.png") for name in batch.record_ids])
         assert batch.pixel_values is not None

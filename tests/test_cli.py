@@ -135,9 +135,7 @@ def test_what_a_dry_run_prints_is_a_recipe_with_every_key(run_cli: RunCli, tmp_p
     assert run_cli("train", str(recipe), "--dry-run").stdout == first.stdout
 
 
-def test_a_dry_run_leaves_nothing_behind(
-    run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dry_run_leaves_nothing_behind(run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_cli("train", "demo", "--out", "here", "--dry-run")
     assert list(tmp_path.iterdir()) == []
@@ -190,9 +188,7 @@ def test_resume_takes_no_other_settings(run_cli: RunCli, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("command", [["train", "--resume"], ["eval"]])
-def test_a_folder_that_is_no_run_is_said_to_be_none(
-    run_cli: RunCli, tmp_path: Path, command: list[str]
-) -> None:
+def test_a_folder_that_is_no_run_is_said_to_be_none(run_cli: RunCli, tmp_path: Path, command: list[str]) -> None:
     outcome = run_cli(*command, str(tmp_path / "nowhere"))
     assert outcome.exit_code == 1
     assert "does not exist, so it is no run" in outcome.stderr

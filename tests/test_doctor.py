@@ -34,9 +34,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 # The page
 
 
-def test_the_report_has_every_area_and_ends_with_0_where_nothing_is_broken(
-    run_cli: RunCli, offline: None
-) -> None:
+def test_the_report_has_every_area_and_ends_with_0_where_nothing_is_broken(run_cli: RunCli, offline: None) -> None:
     outcome = run_cli("doctor", "--json")
     report = json.loads(outcome.stdout)
     faults = [finding for finding in report["findings"] if finding["status"] == "fault"]

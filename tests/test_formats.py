@@ -134,10 +134,7 @@ def test_missing_files_folders_and_other_encodings_are_errors(tmp_path: Path) ->
     assert "line 1: byte 17 is not UTF-8" in faults_of("alpaca", path=tmp_path / "latin.jsonl")[0]
     (tmp_path / "latin.json").write_bytes('["é"]'.encode("latin-1"))
     assert faults_of("alpaca", path=tmp_path / "latin.json") == ("byte 2 is not UTF-8",)
-    assert (
-        "line 2, column 1: not valid JSON"
-        in faults_of("alpaca", path=write(tmp_path / "cut.json", '["a",\n'))[0]
-    )
+    assert "line 2, column 1: not valid JSON" in faults_of("alpaca", path=write(tmp_path / "cut.json", '["a",\n'))[0]
 
 
 def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
@@ -280,10 +277,7 @@ def test_lavin_reads_all_data_with_coco_and_scienceqa_images(tmp_path: Path) -> 
     faults = faults_of("lavin", path=bad)
     assert "image_source: expected 'mscoco' or 'sqa', found \"flickr\"" in faults[0]
     assert "COCO_train2014_b.jpg" in faults[1]
-    assert (
-        "expected an object with the key 'all'"
-        in faults_of("lavin", path=write(tmp_path / "l.json", rows))[0]
-    )
+    assert "expected an object with the key 'all'" in faults_of("lavin", path=write(tmp_path / "l.json", rows))[0]
 
 
 # scienceqa
@@ -341,9 +335,7 @@ BOTH, ANSWER = f"{LECTURE} Apples are red.", "The answer is A."
         ("QCML-AE", f"{Q}{C}{M}BECAUSE: {LECTURE}\n", f"{ANSWER} BECAUSE: Apples are red."),
     ],
 )
-def test_scienceqa_prompts_are_those_of_the_reference(
-    tmp_path: Path, name: str, prompt: str, answer: str
-) -> None:
+def test_scienceqa_prompts_are_those_of_the_reference(tmp_path: Path, name: str, prompt: str, answer: str) -> None:
     assert pair(tmp_path, PROBLEM, name) == (f"{prompt}Response:", answer)
 
 
@@ -397,10 +389,7 @@ def test_scienceqa_reports_every_fault_and_unknown_names(tmp_path: Path) -> None
     assert faults[2] == "problem '2': choices: expected 2 to 5 choices, found 6"
     assert faults[3] == "problem '3': question: expected text, found null"
     assert faults[4].startswith("problem '3': image: no image file")
-    assert (
-        "no split 'trian'; it has train. Did you mean 'train'?"
-        in faults_of("scienceqa", "trian", path=path)[0]
-    )
+    assert "no split 'trian'; it has train. Did you mean 'train'?" in faults_of("scienceqa", "trian", path=path)[0]
     with pytest.raises(OptionsError, match=r"no prompt_format 'QCM-ALEX'.*Did you mean 'QCM-ALE'"):
         load("scienceqa", path=path, prompt_format="QCM-ALEX")
     assert faults_of("scienceqa", path=tmp_path / "none") == ("no such file",)

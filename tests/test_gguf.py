@@ -66,9 +66,7 @@ def written_name(name: str) -> str:
 def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
     """Reorder the rows of each head from two halves to pairs, one row at a time, as llama.cpp stores them."""
     size = rows.shape[0] // heads
-    order = [
-        h * size + half * size // 2 + i for h in range(heads) for i in range(size // 2) for half in (0, 1)
-    ]
+    order = [h * size + half * size // 2 + i for h in range(heads) for i in range(size // 2) for half in (0, 1)]
     return rows[order]
 
 
@@ -178,9 +176,7 @@ def test_quantized_tensors_come_back_dequantized_and_in_order(kind: str, tmp_pat
 def test_large_tensors_are_dequantized_in_pieces_with_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = write_gguf(
-        tmp_path / "model.gguf", tiny_model(tmp_path / "hf", "llama"), GGMLQuantizationType.Q8_0
-    )
+    held = write_gguf(tmp_path / "model.gguf", tiny_model(tmp_path / "hf", "llama"), GGMLQuantizationType.Q8_0)
     monkeypatch.setattr("lavintk.models.gguf_source.CHUNK_ELEMENTS", 64 * 7)
     source = open_source(tmp_path / "model.gguf")
     assert all(torch.equal(source.read(name), expected) for name, expected in held.items())
@@ -248,9 +244,7 @@ def write_with_divisors(path: Path, model: Any, divisors: np.ndarray) -> None:
     for name, parameter in model.state_dict().items():
         projection = name.split(".")[-2]
         values = parameter.numpy()
-        writer.add_tensor(
-            written_name(name), permuted(values, heads[projection]) if projection in heads else values
-        )
+        writer.add_tensor(written_name(name), permuted(values, heads[projection]) if projection in heads else values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -413,9 +407,7 @@ def write_tokenizer_gguf(path: Path, folder: Path, pre: str | None, architecture
     if pre is not None:
         writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
-    writer.add_token_types(
-        [gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens]
-    )
+    writer.add_token_types([gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens])
     writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
     writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
@@ -428,9 +420,7 @@ def write_tokenizer_gguf(path: Path, folder: Path, pre: str | None, architecture
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "smollm3"])
-def test_a_gguf_tokenizer_gives_the_tokens_of_the_one_it_was_written_from(
-    architecture: str, tmp_path: Path
-) -> None:
+def test_a_gguf_tokenizer_gives_the_tokens_of_the_one_it_was_written_from(architecture: str, tmp_path: Path) -> None:
     folder = write_language_model(tmp_path / "hf")
     expected = write_tokenizer_gguf(tmp_path / "model.gguf", folder, "gpt-2", architecture)
     text = "<|start|>user\nwhat color is  the shape?<|end|>\n\n  42 blue"
@@ -484,9 +474,7 @@ def test_a_tokenizer_json_beside_the_file_does_not_take_its_place(tmp_path: Path
         ("tekken", "helloWorld 12", ["hello", "World", " ", "1", "2"]),
     ],
 )
-def test_text_is_cut_as_the_model_was_trained_to(
-    pre: str, text: str, pieces: list[str], tmp_path: Path
-) -> None:
+def test_text_is_cut_as_the_model_was_trained_to(pre: str, text: str, pieces: list[str], tmp_path: Path) -> None:
     write_tokenizer_gguf(tmp_path / "model.gguf", write_language_model(tmp_path / "hf"), pre)
     splitter = load_tokenizer(tmp_path / "model.gguf").backend_tokenizer.pre_tokenizer
     cut = [text[start:end] for _, (start, end) in splitter.pre_tokenize_str(text)]

@@ -31,14 +31,14 @@ class StoredFeatures(torch.nn.Module):
         super().__init__()
         self.width, self.tokens = width, tokens
 
-    def forward(self, features: torch.Tensor, run_block: object = None) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, run: object = None) -> torch.Tensor:
         return features
 
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, torch.Tensor]:
     with safe_open(FILE, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a safe_open is no mapping)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,10 @@ def model(golden: dict[str, torch.Tensor], geometry: dict) -> MultimodalModel:
     language.model.norm.weight.data = weight["norm.weight"]
     language.lm_head.weight.data = weight["output.weight"]
     neck = TapNeck(geometry["vision_width"], geometry["hidden_proj"], width)
-    neck.down.weight.data, neck.down.bias.data = weight["adapter_proj.conv_A.weight"], weight["adapter_proj.conv_A.bias"]
+    neck.down.weight.data, neck.down.bias.data = (
+        weight["adapter_proj.conv_A.weight"],
+        weight["adapter_proj.conv_A.bias"],
+    )
     neck.up.weight.data, neck.up.bias.data = weight["adapter_proj.conv_B.weight"], weight["adapter_proj.conv_B.bias"]
     tower = StoredFeatures(geometry["vision_width"], geometry["vision_layers"] // 4)
     model = MultimodalModel(language, tower, neck)  # type: ignore[arg-type]
@@ -104,7 +107,11 @@ def original_names(model: MultimodalModel, layers: int) -> dict[str, str]:
         for ours, original in parts.items()
         for kind in ("weight", "bias")
     }
-    names |= {f"connector.{o}.{k}": f"adapter_proj.{c}.{k}" for o, c in (("down", "conv_A"), ("up", "conv_B")) for k in ("weight", "bias")}
+    names |= {
+        f"connector.{o}.{k}": f"adapter_proj.{c}.{k}"
+        for o, c in (("down", "conv_A"), ("up", "conv_B"))
+        for k in ("weight", "bias")
+    }
     names["adapter.modality.weight"] = "adapter_modality_embedding.weight"
     return names
 
@@ -166,11 +173,19 @@ def test_folded_into_the_linear_layers_the_model_is_a_plain_llama(
     batch = make_batch(golden, geometry, "text_only")
     plain = LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, vocab_size=101,
-            rms_norm_eps=1e-6, tie_word_embeddings=False, attention_bias=True,
-        )  # fmt: skip
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            vocab_size=101,
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=False,
+            attention_bias=True,
+        )
     ).eval()
-    state = {n.replace(".norm.weight", ".weight"): t for n, t in model.language.state_dict().items() if ".adapter." not in n}
+    state = {
+        n.replace(".norm.weight", ".weight"): t for n, t in model.language.state_dict().items() if ".adapter." not in n
+    }
     state["model.norm.weight"] = model.language.model.norm.weight
     plain.load_state_dict(state, strict=False)
     for layer in plain.model.layers:

@@ -10,7 +10,7 @@ import torch
 import lavintk
 from lavintk.errors import OutOfMemoryError
 from lavintk.run import Run
-from tests.test_train import folder, multimodal, recipe  # noqa: F401  (folder is a fixture)
+from tests.runs import multimodal, recipe
 
 pytestmark = pytest.mark.gpu
 
@@ -22,18 +22,21 @@ def losses(run: Run) -> list[float]:
 @pytest.mark.parametrize("quant", ["nf4", "int8", "none"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_a_multimodal_run_learns_in_every_number_type(
-    folder: Path, tmp_path: Path, precision: str, quant: str  # noqa: F811
+    tiny_folder: Path,
+    tmp_path: Path,
+    precision: str,
+    quant: str,
 ) -> None:
-    content = multimodal(folder, device="cuda", precision=precision, max_steps=15, batch_size=8)
+    content = multimodal(tiny_folder, device="cuda", precision=precision, max_steps=15, batch_size=8)
     run = lavintk.train(content | {"quant": quant, "optim": "paged"}, tmp_path / "run")
     found = losses(run)
     assert run.assembly.model.checkpointing
     assert found[-1] < found[0] - 0.2
 
 
-def test_the_losses_in_fp32_are_those_of_a_cpu(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_losses_in_fp32_are_those_of_a_cpu(tiny_folder: Path, tmp_path: Path) -> None:
     def run(device: str) -> list[float]:
-        content = multimodal(folder, device=device, precision="fp32", lr=1e-3)
+        content = multimodal(tiny_folder, device=device, precision="fp32", lr=1e-3)
         content["adapter"] = {"name": "mma", "dropout": 0.0}
         return losses(lavintk.train(content | {"quant": "nf4"}, tmp_path / device))
 
@@ -41,7 +44,9 @@ def test_the_losses_in_fp32_are_those_of_a_cpu(folder: Path, tmp_path: Path) -> 
 
 
 def test_running_out_of_memory_says_what_to_lower_and_loses_nothing(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from lavintk.models.multimodal import MultimodalModel
 
@@ -55,7 +60,7 @@ def test_running_out_of_memory_says_what_to_lower_and_loses_nothing(
 
     monkeypatch.setattr(MultimodalModel, "loss_sum", greedy)
     with pytest.raises(OutOfMemoryError, match=r"train\.batch_size \(now 2\)"):
-        lavintk.train(recipe(folder, device="cuda"), tmp_path / "run")
+        lavintk.train(recipe(tiny_folder, device="cuda"), tmp_path / "run")
     monkeypatch.setattr(MultimodalModel, "loss_sum", real)
     resumed = lavintk.train(Run.open(tmp_path / "run").recipe, tmp_path / "run", resume=True)
     assert (resumed.manifest["status"], resumed.manifest["steps"]) == ("finished", 4)

@@ -52,9 +52,7 @@ def config_folder(path: Path, **config: Any) -> Path:
 
 @pytest.mark.parametrize("size", [(100, 60), (60, 100), (37, 37), (20, 90), (33, 32)])
 @pytest.mark.parametrize("crop", [32, 24, 40])
-def test_cropping_equals_transformers_clip_processor(
-    tmp_path: Path, size: tuple[int, int], crop: int
-) -> None:
+def test_cropping_equals_transformers_clip_processor(tmp_path: Path, size: tuple[int, int], crop: int) -> None:
     pil = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
     theirs = pil.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": crop, "width": crop})
     theirs.save_pretrained(tmp_path)
@@ -103,9 +101,7 @@ def test_configurations_that_cannot_be_followed_are_refused_with_all_reasons(tmp
     with pytest.raises(ModelError, match=r"has no preprocessor_config\.json"):
         ImageProcessor.from_folder(tmp_path)
     with pytest.raises(ModelError) as caught:
-        ImageProcessor.from_folder(
-            config_folder(tmp_path, size={"longest_edge": 3}, do_resize=False, image_mean=[1])
-        )
+        ImageProcessor.from_folder(config_folder(tmp_path, size={"longest_edge": 3}, do_resize=False, image_mean=[1]))
     assert "size {'longest_edge': 3}: expected a number" in str(caught.value)
     assert "do_resize is false" in str(caught.value)
     assert "image_mean and image_std: expected three numbers" in str(caught.value)
@@ -181,9 +177,7 @@ def test_absurdly_large_images_are_refused_before_they_are_decoded(tmp_path: Pat
         ImageProcessor(8, 8)(bomb, "x")
     assert "pixels" in caught.value.faults[0]
     small = saved(tmp_path / "a.png", noise(30, 40))
-    with pytest.raises(
-        DataError, match=r"30 x 40 pixels are more than the 0\.001 million allowed; scale it down"
-    ):
+    with pytest.raises(DataError, match=r"30 x 40 pixels are more than the 0\.001 million allowed; scale it down"):
         ImageProcessor(8, 8, max_pixels=1000)(small)
     assert ImageProcessor(8, 8, max_pixels=1200)(small).shape == (3, 8, 8)
 

@@ -35,9 +35,7 @@ def make_halves(bias: bool = True) -> HalvesLinear:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7), (0, 7)])
-def test_frozen_layer_computes_what_linear_computes_with_its_weight(
-    dtype: torch.dtype, shape: tuple[int, ...]
-) -> None:
+def test_frozen_layer_computes_what_linear_computes_with_its_weight(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     layer = make_halves()
     x = torch.randn(*shape).to(dtype)
     assert layer.bias is not None

@@ -89,9 +89,7 @@ def step_info(step: int) -> StepInfo:
 
 def take_two_steps(plugins: Plugins, run: RunInfo) -> None:
     plugins.call("lavintk_run_started", run=run)
-    plugins.call(
-        "lavintk_evaluation_finished", run=run, step=0, name="exact-match", scores={"accuracy": 0.25}
-    )
+    plugins.call("lavintk_evaluation_finished", run=run, step=0, name="exact-match", scores={"accuracy": 0.25})
     for step in (1, 2):
         plugins.call("lavintk_step_finished", run=run, step=step_info(step))
     plugins.call("lavintk_checkpoint_saved", run=run, step=2, folder=str(run.folder / "checkpoint-2"))
@@ -127,9 +125,7 @@ def test_tensorboard_shows_the_recipe_and_the_size(plugins: Plugins, tmp_path: P
     assert scalars(run, "run/trainable_parameters") == [(0, 123.0)]
 
 
-def test_tensorboard_has_all_up_to_a_checkpoint_on_disk_before_the_run_ends(
-    plugins: Plugins, tmp_path: Path
-) -> None:
+def test_tensorboard_has_all_up_to_a_checkpoint_on_disk_before_the_run_ends(plugins: Plugins, tmp_path: Path) -> None:
     run = run_info(tmp_path)
     plugins.call("lavintk_run_started", run=run)
     plugins.call("lavintk_step_finished", run=run, step=step_info(1))
@@ -220,9 +216,7 @@ def test_wandb_stays_silent_unless_the_user_asks(
     assert (wandb.opened, wandb.logged, wandb.exit_codes) == ([], [], [])
 
 
-@pytest.mark.parametrize(
-    "module", [None, ModuleType("wandb")], ids=["not installed", "a folder of that name"]
-)
+@pytest.mark.parametrize("module", [None, ModuleType("wandb")], ids=["not installed", "a folder of that name"])
 def test_wandb_stays_silent_where_it_is_not_installed(
     plugins: Plugins, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: ModuleType | None
 ) -> None:

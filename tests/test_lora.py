@@ -3,16 +3,15 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-import lavintk_lora
 import pluggy
 import pytest
 import torch
-from lavintk_lora.adapter import LoraAdapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+import lavintk_lora
 from lavintk import builtin, hookspecs
 from lavintk.errors import CheckpointError, ModelError, OptionsError
 from lavintk.layers import DenseLinear
@@ -21,6 +20,7 @@ from lavintk.models.multimodal import MultimodalModel
 from lavintk.models.vision import VisionTower
 from lavintk.plugins import CORE, Plugins
 from lavintk.registry import Choice
+from lavintk_lora.adapter import LoraAdapter
 
 # PEFT asks transformers for an attribute that transformers has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -111,9 +111,7 @@ def test_a_seed_gives_the_same_start_as_kaiming_uniform(llama: LlamaForCausalLM)
     torch.manual_seed(7)
     model.attach(adapter)
     torch.manual_seed(7)
-    expected = nn.Linear(
-        32, 4, bias=False
-    ).weight  # torch initialises linear layers so, and PEFT takes that over
+    expected = nn.Linear(32, 4, bias=False).weight  # torch initialises linear layers so, and PEFT takes that over
     assert torch.equal(adapter.layers[Q_PROJ].down, expected)
     assert not adapter.layers[Q_PROJ].up.any()
 
@@ -182,9 +180,7 @@ def test_peft_loads_the_adapter_and_gives_the_same_logits(
     assert loaded.peft_config["default"].base_model_name_or_path == "some/base"
 
 
-def test_transformers_loads_the_adapter_and_gives_the_same_logits(
-    llama: LlamaForCausalLM, tmp_path: Path
-) -> None:
+def test_transformers_loads_the_adapter_and_gives_the_same_logits(llama: LlamaForCausalLM, tmp_path: Path) -> None:
     model = multimodal(llama)
     attached(model, r=4).save(tmp_path, "some/base")
     llama.load_adapter(str(tmp_path))
@@ -280,18 +276,14 @@ def test_vision_layers_are_kept_out_of_pefts_file(llama: LlamaForCausalLM, tmp_p
     attached(model, r=4, targets="v_proj,vision.*.q_proj").save(tmp_path, "base")
     vision = load_file(tmp_path / "vision_adapter.safetensors")
     assert sorted(vision) == [
-        f"vision.model.encoder.layers.{layer}.self_attn.q_proj.lora_{half}.weight"
-        for layer in (0, 1)
-        for half in "AB"
+        f"vision.model.encoder.layers.{layer}.self_attn.q_proj.lora_{half}.weight" for layer in (0, 1) for half in "AB"
     ]
     torch.testing.assert_close(
         logits(model.language), logits(PeftModel.from_pretrained(llama, tmp_path)), rtol=0, atol=1e-5
     )
 
 
-def test_an_adapter_of_the_vision_tower_alone_needs_no_peft_files(
-    llama: LlamaForCausalLM, tmp_path: Path
-) -> None:
+def test_an_adapter_of_the_vision_tower_alone_needs_no_peft_files(llama: LlamaForCausalLM, tmp_path: Path) -> None:
     saved = attached(multimodal(llama, with_vision=True), r=4, targets="vision.*.q_proj")
     saved.save(tmp_path, "base")
     assert [path.name for path in tmp_path.iterdir()] == ["vision_adapter.safetensors"]
@@ -300,9 +292,7 @@ def test_an_adapter_of_the_vision_tower_alone_needs_no_peft_files(
         attached(multimodal(llama, with_vision=True), r=4, alpha=8, targets="vision.*.q_proj").load(tmp_path)
 
 
-def test_all_faults_of_a_checkpoint_are_listed_and_nothing_is_changed(
-    llama: LlamaForCausalLM, tmp_path: Path
-) -> None:
+def test_all_faults_of_a_checkpoint_are_listed_and_nothing_is_changed(llama: LlamaForCausalLM, tmp_path: Path) -> None:
     adapter = attached(multimodal(llama, with_vision=True), r=4, targets="q_proj,vision.*.q_proj")
     adapter.save(tmp_path, "base")
     (tmp_path / "vision_adapter.safetensors").write_bytes(b"cut off")
@@ -319,17 +309,12 @@ def test_all_faults_of_a_checkpoint_are_listed_and_nothing_is_changed(
     assert "4 faults" in message
     assert f"{prefix}.0.self_attn.q_proj.lora_A.weight is missing in adapter_model.safetensors" in message
     assert "extra in adapter_model.safetensors is unexpected" in message
-    assert (
-        "q_proj.lora_B.weight has shape (32, 2) in adapter_model.safetensors, the model needs (32, 4)"
-        in message
-    )
+    assert "q_proj.lora_B.weight has shape (32, 2) in adapter_model.safetensors, the model needs (32, 4)" in message
     assert "vision_adapter.safetensors cannot be read" in message
     assert all(torch.equal(p, before[name]) for name, p in adapter.named_parameters())
 
 
-def test_an_empty_folder_and_layers_nobody_asked_for_are_faults(
-    llama: LlamaForCausalLM, tmp_path: Path
-) -> None:
+def test_an_empty_folder_and_layers_nobody_asked_for_are_faults(llama: LlamaForCausalLM, tmp_path: Path) -> None:
     narrow = attached(multimodal(llama, with_vision=True), r=4, targets="q_proj")
     with pytest.raises(CheckpointError, match=r"(?s)adapter_config.json cannot be read.*adapter_model"):
         narrow.load(tmp_path)
@@ -339,9 +324,7 @@ def test_an_empty_folder_and_layers_nobody_asked_for_are_faults(
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_the_affine_updates_merged_into_the_weights_give_the_same_logits(
-    llama: LlamaForCausalLM, rslora: bool
-) -> None:
+def test_the_affine_updates_merged_into_the_weights_give_the_same_logits(llama: LlamaForCausalLM, rslora: bool) -> None:
     model = multimodal(llama)
     adapter = attached(model, r=4, alpha=5, rslora=rslora, dropout=0.3)
     with torch.no_grad():
@@ -385,9 +368,7 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean(llama: LlamaForCausalL
     torch.testing.assert_close(drawn.mean(dim=0), expected, rtol=0, atol=0.05)
 
 
-def test_the_name_and_its_options_are_found_as_on_the_command_line(
-    plugins: Plugins, llama: LlamaForCausalLM
-) -> None:
+def test_the_name_and_its_options_are_found_as_on_the_command_line(plugins: Plugins, llama: LlamaForCausalLM) -> None:
     choice = Choice.parse("lora:r=4,alpha=8,rslora=true,targets=q_proj+v_proj")
     adapter = plugins.adapters.create(choice)
     multimodal(llama).attach(adapter)
@@ -395,9 +376,7 @@ def test_the_name_and_its_options_are_found_as_on_the_command_line(
     assert adapter.options == lavintk_lora.LoraOptions(r=4, alpha=8, rslora=True, targets="q_proj+v_proj")
     assert adapter.options.scale == 4.0
     assert adapter.conditions == ("all",)
-    assert next(record for record in plugins.records() if record.name == "lora").offers == {
-        "adapters": ["lora"]
-    }
+    assert next(record for record in plugins.records() if record.name == "lora").offers == {"adapters": ["lora"]}
 
 
 @pytest.mark.parametrize(

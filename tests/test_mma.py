@@ -41,9 +41,13 @@ def make_model(
     if vision:
         clip = CLIPVisionModel(
             CLIPVisionConfig(
-                hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=28,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=4,
+                num_attention_heads=2,
+                image_size=28,
                 patch_size=14,
-            )  # fmt: skip
+            )
         )
         freeze_linears(clip, clip.encoder)
         tower, neck = VisionTower(clip, 2), TapNeck(16, 8, width)
@@ -121,9 +125,15 @@ def test_a_rows_output_does_not_depend_on_its_neighbours() -> None:
         together = model.hidden(batch)
         alone = model.hidden(
             Batch(
-                batch.input_ids[7:], batch.labels[7:], batch.positions[7:], (5,), batch.conditions[1:], None,
-                batch.visual_slots[:0], ("text",),
-            )  # fmt: skip
+                batch.input_ids[7:],
+                batch.labels[7:],
+                batch.positions[7:],
+                (5,),
+                batch.conditions[1:],
+                None,
+                batch.visual_slots[:0],
+                ("text",),
+            )
         )
     torch.testing.assert_close(together[7:], alone, atol=1e-5, rtol=1e-5)
 

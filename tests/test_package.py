@@ -37,9 +37,7 @@ def test_a_plugin_is_called_like_its_package() -> None:
 
 def test_the_lists_of_plugins_are_sorted() -> None:
     assert list(ENTRY_POINTS) == sorted(ENTRY_POINTS)
-    assert WHEEL_PACKAGES[1:] == sorted(
-        WHEEL_PACKAGES[1:], key=lambda path: (path.startswith("exporters"), path)
-    )
+    assert WHEEL_PACKAGES[1:] == sorted(WHEEL_PACKAGES[1:], key=lambda path: (path.startswith("exporters"), path))
 
 
 @pytest.mark.parametrize("folder", [ROOT / "lavintk", *FOLDERS], ids=name_of)

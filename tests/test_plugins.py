@@ -124,9 +124,7 @@ def test_a_misspelt_hook_is_an_error_that_names_hook_and_plugin(install_plugin: 
 
 
 def test_a_hook_with_an_unknown_argument_is_an_error_that_names_the_plugin(install_plugin: Install) -> None:
-    install_plugin(
-        "sloppy", HELLO.replace("(registry)", "(register)").replace("registry.add", "register.add")
-    )
+    install_plugin("sloppy", HELLO.replace("(registry)", "(register)").replace("registry.add", "register.add"))
     with pytest.raises(PluginError, match="plugin 'sloppy' of lavintk-sloppy failed to load"):
         load_plugins()
 
@@ -143,9 +141,7 @@ def test_two_distributions_that_offer_one_plugin_are_both_named(install_plugin: 
 def test_two_plugins_that_offer_one_name_are_both_named(install_plugin: Install) -> None:
     install_plugin("hello", HELLO)
     install_plugin("world", HELLO)
-    with pytest.raises(
-        PluginError, match="adapter 'hello' is offered by plugin 'hello' and by plugin 'world'"
-    ):
+    with pytest.raises(PluginError, match="adapter 'hello' is offered by plugin 'hello' and by plugin 'world'"):
         load_plugins()
 
 
@@ -202,15 +198,11 @@ def test_every_life_cycle_hook_reaches_the_plugins_with_the_arguments_they_ask_f
 
 def test_call_one_reaches_no_other_plugin() -> None:
     first, second = Recorder(), Recorder()
-    plugins_of(first=first, second=second).call_one(
-        "second", "lavintk_run_finished", run=None, status="failed"
-    )
+    plugins_of(first=first, second=second).call_one("second", "lavintk_run_finished", run=None, status="failed")
     assert (first.heard, second.heard) == ([], [("finished", "failed")])
 
 
-@pytest.mark.parametrize(
-    "plural", ["quantizers", "optimizers", "adapters", "exporters", "datasets", "evaluations"]
-)
+@pytest.mark.parametrize("plural", ["quantizers", "optimizers", "adapters", "exporters", "datasets", "evaluations"])
 def test_each_registering_hook_fills_its_registry(install_plugin: Install, plural: str) -> None:
     install_plugin("hello", HELLO.replace("adapters", plural))
     assert "hello" in load_plugins().registries()[plural]

@@ -33,9 +33,7 @@ def test_a_shipped_recipe_is_valid_and_its_plugins_know_every_option(name: str) 
 
 
 def test_the_demo_and_the_recipes_of_lavin_are_shipped() -> None:
-    assert {"demo", "lavin-7b", "lavin-13b", "lavin-7b-lite", "lavin-13b-lite", "lavin-chat"} <= set(
-        shipped()
-    )
+    assert {"demo", "lavin-7b", "lavin-13b", "lavin-7b-lite", "lavin-13b-lite", "lavin-chat"} <= set(shipped())
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))
@@ -120,9 +118,7 @@ def test_an_unknown_recipe_suggests_a_shipped_one() -> None:
         (b"name: \xff\xfe", "not valid YAML"),
     ],
 )
-def test_a_file_that_is_no_mapping_is_refused_with_its_name(
-    tmp_path: Path, content: bytes, reason: str
-) -> None:
+def test_a_file_that_is_no_mapping_is_refused_with_its_name(tmp_path: Path, content: bytes, reason: str) -> None:
     file = tmp_path / "bad.yaml"
     file.write_bytes(content)
     with pytest.raises(RecipeError, match=reason) as caught:

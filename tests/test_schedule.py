@@ -12,8 +12,7 @@ PEAK, TOTAL = 3e-4, 40
 
 def rates(schedule: str, warmup: float, lowest: float = 0.0, total: int = TOTAL) -> list[float]:
     return [
-        learning_rate(step, total, peak=PEAK, lowest=lowest, schedule=schedule, warmup=warmup)
-        for step in range(total)
+        learning_rate(step, total, peak=PEAK, lowest=lowest, schedule=schedule, warmup=warmup) for step in range(total)
     ]
 
 
@@ -72,16 +71,12 @@ def test_steps_past_the_end_keep_the_lowest_rate() -> None:
 
 
 def test_only_matrices_are_decayed_and_no_parameter_is_lost() -> None:
-    parameters = dict(
-        nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2, bias=False)).named_parameters()
-    )
+    parameters = dict(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2, bias=False)).named_parameters())
     matrices, vectors = decay_groups(parameters, 0.1)
     assert matrices["weight_decay"] == 0.1
     assert vectors["weight_decay"] == 0.0
     assert all(parameter.ndim == 2 for parameter in matrices["params"])
-    assert {id(p) for group in (matrices, vectors) for p in group["params"]} == {
-        id(p) for p in parameters.values()
-    }
+    assert {id(p) for group in (matrices, vectors) for p in group["params"]} == {id(p) for p in parameters.values()}
 
 
 def test_a_group_without_parameters_is_left_out() -> None:

@@ -52,9 +52,7 @@ def edit_index(folder: Path, change: Callable[[dict[str, str]], object]) -> None
 
 
 @pytest.mark.parametrize("kind", ["folder", "sharded"])
-def test_a_folder_gives_the_parameters_that_transformers_loads(
-    kind: str, request: pytest.FixtureRequest
-) -> None:
+def test_a_folder_gives_the_parameters_that_transformers_loads(kind: str, request: pytest.FixtureRequest) -> None:
     path = request.getfixturevalue(kind)
     source = open_source(path)
     expected = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
@@ -78,9 +76,7 @@ def test_tensors_come_in_the_type_they_are_stored_in(folder: Path) -> None:
     }
     save_file(stored, folder / "model.safetensors")
     source = open_source(folder)
-    assert {name: source.read(name).dtype for name in source.names()} == {
-        n: t.dtype for n, t in stored.items()
-    }
+    assert {name: source.read(name).dtype for name in source.names()} == {n: t.dtype for n, t in stored.items()}
     assert all(torch.equal(source.read(name), tensor) for name, tensor in stored.items())
 
 
@@ -117,9 +113,7 @@ def test_a_vision_folder_keeps_its_names(kind: str, tmp_path: Path) -> None:
 def test_a_whole_clip_model_keeps_its_names(tmp_path: Path) -> None:
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = {**small, "image_size": 28, "patch_size": 14}
-    CLIPModel(CLIPConfig(text_config={**small, "vocab_size": 50}, vision_config=vision)).save_pretrained(
-        tmp_path
-    )
+    CLIPModel(CLIPConfig(text_config={**small, "vocab_size": 50}, vision_config=vision)).save_pretrained(tmp_path)
     source = open_source(tmp_path)
     assert "vision_model.embeddings.patch_embedding.weight" in source.names()
     assert "text_projection.weight" in source.names()
@@ -194,9 +188,7 @@ def test_a_truncated_file_is_named_with_its_sizes(folder: Path) -> None:
     file = folder / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1000])
-    with pytest.raises(
-        CheckpointError, match=rf"is truncated: it has {len(whole) - 1000} of {len(whole)} bytes"
-    ):
+    with pytest.raises(CheckpointError, match=rf"is truncated: it has {len(whole) - 1000} of {len(whole)} bytes"):
         open_source(folder)
 
 
@@ -208,9 +200,7 @@ def test_a_file_that_is_no_safetensors_file_is_refused(content: bytes, folder: P
 
 
 def test_a_git_lfs_pointer_is_recognised(folder: Path) -> None:
-    (folder / "model.safetensors").write_text(
-        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-    )
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(CheckpointError, match="git lfs pull"):
         open_source(folder)
 
@@ -293,9 +283,7 @@ def test_a_model_type_that_transformers_does_not_know_is_refused(folder: Path) -
 
 
 def test_weights_that_are_quantized_already_are_refused(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text()) | {
-        "quantization_config": {"quant_method": "gptq"}
-    }
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="quantized already \\(method 'gptq'\\)"):
         open_source(folder)

@@ -147,9 +147,7 @@ def test_trained_tokens_are_those_of_transformers_generation_mask_for_random_con
         conversation = record(*texts, system=dice.choice(["", "Be brief."]))
         row = template.tokenize_record(conversation)
         messages = [{"role": m.role, "content": m.text} for m in conversation.messages]
-        expected = tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True
-        )
+        expected = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         assert row.input_ids == expected["input_ids"]
         shifted = [*expected["assistant_masks"][1:], 0]
         assert [int(label != IGNORED) for label in row.labels] == shifted
@@ -168,9 +166,7 @@ def test_messages_behind_the_last_answer_are_left_out() -> None:
     template = make_template(byte_level())
     open_ended = template.tokenize_record(record("a", "b", "c"))
     assert open_ended.input_ids == template.tokenize_record(record("a", "b")).input_ids
-    assert template.prompt(record("a", "b", "c")).labels.count(IGNORED) == len(
-        template.prompt(record("a", "b", "c"))
-    )
+    assert template.prompt(record("a", "b", "c")).labels.count(IGNORED) == len(template.prompt(record("a", "b", "c")))
 
 
 def test_a_token_across_the_start_of_an_answer_is_not_trained_and_counted() -> None:
@@ -313,9 +309,7 @@ def test_unusable_templates_and_tokenizers_are_refused_with_advice(tmp_path: Pat
     with pytest.raises(ModelError, match=r"no system role\. Leave the system message out"):
         make_template(byte_level(no_system + CHATML), system="Be brief.")
     with pytest.raises(ModelError, match="leaves the system message out"):
-        make_template(
-            byte_level(CHATML.replace("messages %}", "messages if m['role'] != 'system' %}")), system="Be"
-        )
+        make_template(byte_level(CHATML.replace("messages %}", "messages if m['role'] != 'system' %}")), system="Be")
     slow: Any = SimpleNamespace(chat_template=None, eos_token_id=2)
     with pytest.raises(ModelError, match="gives no character offsets"):
         make_template(slow)
@@ -384,9 +378,7 @@ def test_prompts_that_are_complete_are_not_wrapped_again() -> None:
     template = make_template(tokenizer, "lavin")
     row = template.tokenize_record(record("What Response:", "red", raw_prompt=True))
     assert row.input_ids == [1, *ids_of(tokenizer, "Image: N/A What Response: red </s>")]
-    plain = make_template(tokenizer, "plain").tokenize_record(
-        record("What Response:", "red", raw_prompt=True)
-    )
+    plain = make_template(tokenizer, "plain").tokenize_record(record("What Response:", "red", raw_prompt=True))
     assert plain.input_ids == [1, *ids_of(tokenizer, "What Response: red </s>")]
 
 
@@ -527,9 +519,7 @@ def test_truncation_never_hides_that_an_answer_or_an_image_is_lost() -> None:
 def test_too_long_can_be_an_error_that_lists_all() -> None:
     template = make_template(llama_like(), "plain")
     with pytest.raises(DataError) as caught:
-        tokenize_all(
-            [lengths_record(50, "a"), lengths_record(1, "b"), lengths_record(60, "c")], template, 20, "error"
-        )
+        tokenize_all([lengths_record(50, "a"), lengths_record(1, "b"), lengths_record(60, "c")], template, 20, "error")
     assert caught.value.faults == (
         "record 'a': 57 tokens, at most 20 are allowed",
         "record 'c': 67 tokens, at most 20 are allowed",
@@ -562,9 +552,7 @@ def printed(shown: Any) -> str:
 
 def test_the_report_counts_what_the_rows_hold() -> None:
     template = make_template(llama_like(), "plain", visual_tokens=2)
-    rows, report = tokenize_all(
-        [record("What", "red", images=1), record("What", "red blue", name="s")], template, 99
-    )
+    rows, report = tokenize_all([record("What", "red", images=1), record("What", "red blue", name="s")], template, 99)
     assert [len(row) for row in rows] == [8, 7]
     assert (report.rows, report.images, report.tokens, report.trained) == (2, 1, 15, 5)
     assert report.lengths == (7, 7, 8, 8)

@@ -17,46 +17,7 @@ from lavintk.hookspecs import hookimpl
 from lavintk.plugins import installed_plugins
 from lavintk.run import Run
 from lavintk.training import Trainer
-from tests.tiny import write_language_model, write_vision_tower
-
-COLOURS = ("red", "blue", "green", "black")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny language model, vision tower, pictures and data files."""
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("tiny")
-    write_language_model(folder / "llm")
-    write_vision_tower(folder / "vit")
-    text = [{"instruction": f"what color is {c}?", "input": "", "output": c * (i + 1)} for i, c in enumerate(COLOURS * 2)]
-    (folder / "alpaca.json").write_text(json.dumps(text))
-    rows = []
-    for i, colour in enumerate(COLOURS * 2):
-        Image.new("RGB", (28, 28), colour).save(folder / f"{i}.png")
-        picture = {"image": f"{i}.png"} if i % 4 else {}
-        rows.append({"id": f"row{i}", "prompt": "what color is the shape?", "answer": colour, **picture})
-    (folder / "mixed.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
-
-
-def recipe(folder: Path, **train: Any) -> dict[str, Any]:
-    return {
-        "name": "tiny",
-        "model": {"language": str(folder / "llm")},
-        "adapter": {"name": "lora", "r": 4, "dropout": 0.1},
-        "data": {"train": {"name": "alpaca", "path": str(folder / "alpaca.json")}, "max_length": 128},
-        "train": {"batch_size": 2, "lr": 1e-2, "device": "cpu", "max_steps": 4, **train},
-    }
-
-
-def multimodal(folder: Path, **train: Any) -> dict[str, Any]:
-    content = recipe(folder, **train)
-    content["model"] |= {"vision": str(folder / "vit"), "tap_every": 2, "neck": 8}
-    content["adapter"] = "mma"
-    content["data"]["train"] = {"name": "jsonl", "path": str(folder / "mixed.jsonl")}
-    return content
+from tests.runs import multimodal, recipe
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -66,9 +27,9 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("quant", ["nf4", "int8", "none"])
 @pytest.mark.parametrize("optim", ["adamw", "paged", "8bit", "paged-8bit"])
 def test_lora_learns_on_every_quantizer_with_every_optimizer(
-    folder: Path, tmp_path: Path, quant: str, optim: str
+    tiny_folder: Path, tmp_path: Path, quant: str, optim: str
 ) -> None:
-    content = recipe(folder, max_steps=12, batch_size=8) | {"quant": quant, "optim": optim}
+    content = recipe(tiny_folder, max_steps=12, batch_size=8) | {"quant": quant, "optim": optim}
     content["adapter"]["dropout"] = 0.0
     run = lavintk.train(content, tmp_path / "run")
     losses = [json.loads(line)["loss"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
@@ -77,8 +38,8 @@ def test_lora_learns_on_every_quantizer_with_every_optimizer(
     assert run.manifest["status"] == "finished"
 
 
-def test_a_multimodal_run_trains_on_mixed_rows_and_answers_after_loading(folder: Path, tmp_path: Path) -> None:
-    content = multimodal(folder, max_steps=3, batch_size=4) | {"quant": "nf4", "optim": "paged"}
+def test_a_multimodal_run_trains_on_mixed_rows_and_answers_after_loading(tiny_folder: Path, tmp_path: Path) -> None:
+    content = multimodal(tiny_folder, max_steps=3, batch_size=4) | {"quant": "nf4", "optim": "paged"}
     content["data"]["test"] = content["data"]["train"]
     run = lavintk.train(content, tmp_path / "run")
     evaluation = run.manifest["evaluation"]
@@ -88,15 +49,15 @@ def test_a_multimodal_run_trains_on_mixed_rows_and_answers_after_loading(folder:
     loaded = lavintk.load(tmp_path / "run")
     for name, expected in weights(run).items():
         assert torch.equal(weights(loaded)[name], expected), name
-    picture = folder / "1.png"
+    picture = tiny_folder / "1.png"
     assert loaded.generate("what color is the shape?", picture, max_new_tokens=4) == run.generate(
         "what color is the shape?", picture, max_new_tokens=4
     )
     assert loaded.evaluate().scores["accuracy"] == evaluation["accuracy_after"]
 
 
-def test_the_manifest_says_what_the_result_rests_on(folder: Path, tmp_path: Path) -> None:
-    manifest = lavintk.train(recipe(folder), tmp_path / "run").manifest
+def test_the_manifest_says_what_the_result_rests_on(tiny_folder: Path, tmp_path: Path) -> None:
+    manifest = lavintk.train(recipe(tiny_folder), tmp_path / "run").manifest
     assert manifest == json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["versions"]["lavintk"] == lavintk.__version__
     assert len(manifest["data"]["sha256"]) == len(manifest["base"]["language"]["sha256"]) == 64
@@ -121,10 +82,10 @@ def quiet() -> Any:
     return Console(quiet=True)
 
 
-def test_accumulated_micro_batches_weigh_every_trained_token_the_same(folder: Path, tmp_path: Path) -> None:
+def test_accumulated_micro_batches_weigh_every_trained_token_the_same(tiny_folder: Path, tmp_path: Path) -> None:
     """Rows of different answer lengths: eight at once, or two by two, give the same gradient."""
-    whole = gradients(folder, tmp_path / "whole", 8, 1)
-    parts = gradients(folder, tmp_path / "parts", 2, 4)
+    whole = gradients(tiny_folder, tmp_path / "whole", 8, 1)
+    parts = gradients(tiny_folder, tmp_path / "parts", 2, 4)
     for name, expected in whole.items():
         torch.testing.assert_close(parts[name], expected, atol=1e-6, rtol=1e-4, msg=name)
 
@@ -143,9 +104,9 @@ class PressCtrlC:
 
 @pytest.mark.parametrize("optim", ["adamw", "paged", "paged-8bit"])
 def test_an_interrupted_run_resumes_to_exactly_the_weights_of_an_uninterrupted_one(
-    folder: Path, tmp_path: Path, optim: str
+    tiny_folder: Path, tmp_path: Path, optim: str
 ) -> None:
-    content = multimodal(folder, max_steps=7, batch_size=3) | {"optim": optim}  # 3 steps to an epoch
+    content = multimodal(tiny_folder, max_steps=7, batch_size=3) | {"optim": optim}  # 3 steps to an epoch
     straight = weights(lavintk.train(content, tmp_path / "straight"))
     plugin = PressCtrlC(4)
     manager = installed_plugins().manager
@@ -163,7 +124,7 @@ def test_an_interrupted_run_resumes_to_exactly_the_weights_of_an_uninterrupted_o
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_records_and_keeps_the_last_good_state(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lavintk.models.multimodal import MultimodalModel
 
@@ -175,7 +136,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_records_and_keeps_the_last_goo
 
     monkeypatch.setattr(MultimodalModel, "loss_sum", broken_later)
     with pytest.raises(TrainingError) as caught:
-        lavintk.train(recipe(folder), tmp_path / "run")
+        lavintk.train(recipe(tiny_folder), tmp_path / "run")
     assert all(name in str(caught.value) for name in calls[2])
     assert "step 3" in str(caught.value)
     run = Run.open(tmp_path / "run")
@@ -185,8 +146,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_records_and_keeps_the_last_goo
     assert (resumed.manifest["status"], resumed.manifest["steps"]) == ("finished", 4)
 
 
-def test_training_stops_early_and_keeps_the_best_weights(folder: Path, tmp_path: Path) -> None:
-    content = recipe(folder, max_steps=40, lr=3.0, eval_every=1, patience=2, schedule="constant", warmup=0)
+def test_training_stops_early_and_keeps_the_best_weights(tiny_folder: Path, tmp_path: Path) -> None:
+    content = recipe(tiny_folder, max_steps=40, lr=3.0, eval_every=1, patience=2, schedule="constant", warmup=0)
     content["data"]["validation"] = content["data"]["train"]
     run = lavintk.train(content, tmp_path / "run")  # a rate of 3 can only make things worse
     assert run.manifest["status"] == "stopped early"
@@ -197,13 +158,13 @@ def test_training_stops_early_and_keeps_the_best_weights(folder: Path, tmp_path:
     ).read_bytes()
 
 
-def test_only_the_newest_checkpoints_are_kept(folder: Path, tmp_path: Path) -> None:
-    run = lavintk.train(recipe(folder, save_every=1, keep=2), tmp_path / "run")
+def test_only_the_newest_checkpoints_are_kept(tiny_folder: Path, tmp_path: Path) -> None:
+    run = lavintk.train(recipe(tiny_folder, save_every=1, keep=2), tmp_path / "run")
     assert [path.name for path in checkpoints(run.folder)] == ["step-000003", "step-000004"]
 
 
-def test_a_folder_in_use_is_left_alone(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_in_use_is_left_alone(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="not empty"):
-        lavintk.train(recipe(folder), tmp_path)
+        lavintk.train(recipe(tiny_folder), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

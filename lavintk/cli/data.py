@@ -22,7 +22,14 @@ def data() -> None:
 @click.option("--max-length", default=512, show_default=True)
 @click.option("--count", default=3, show_default=True, help="Records to print.")
 def preview(
-    data: str, model: str, split: str, template: str, system: str | None, visual_tokens: int, max_length: int, count: int
+    data: str,
+    model: str,
+    split: str,
+    template: str,
+    system: str | None,
+    visual_tokens: int,
+    max_length: int,
+    count: int,
 ) -> None:
     """Print records of DATA (FORMAT:PATH) as the model will see them; trained tokens are coloured."""
     from rich.console import Console

@@ -28,13 +28,10 @@ def doctor(as_json: bool) -> int:
     """
     from rich.console import Console
 
-    from lavintk.doctor import CHECKS, examine
+    from lavintk.doctor import examine
 
-    findings: list[Finding] = []
-    with Console(stderr=True).status("looking at the machine") as status:
-        for finding in examine():
-            findings.append(finding)
-            status.update(f"looking at {finding.area} ({len({f.area for f in findings})} of {len(CHECKS)})")
+    with Console(stderr=True).status("") as status:
+        findings = examine(lambda area: status.update(f"looking at {area}"))
     if as_json:
         _print_json(findings)
     else:

@@ -32,11 +32,7 @@ def list_plugins(as_json: bool) -> None:
         table.add_column(column)
     for record in records:
         offers = [f"[dim]{kind}:[/dim] {', '.join(names)}" for kind, names in record.offers.items()]
-        label = (
-            record.version
-            if record.distribution == "lavintk"
-            else f"{record.version} ({record.distribution})"
-        )
+        label = record.version if record.distribution == "lavintk" else f"{record.version} ({record.distribution})"
         table.add_row(record.name, label, "\n".join(offers) or ", ".join(record.hooks))
     console = Console()
     console.print(table)
@@ -47,9 +43,7 @@ def list_plugins(as_json: bool) -> None:
 def _about_disabled(name: str) -> str:
     if name in installed_names():
         return f"left out by LAVINTK_DISABLE: {name}"
-    owners = [
-        registry[name].owner for registry in installed_plugins().registries().values() if name in registry
-    ]
+    owners = [registry[name].owner for registry in installed_plugins().registries().values() if name in registry]
     hint = f" It is offered by plugin {owners[0]!r}." if owners else did_you_mean(name, installed_names())
     return f"LAVINTK_DISABLE={name} names no plugin.{hint}"
 
@@ -62,9 +56,7 @@ def show_entry(name: str) -> None:
     found = [registry[name] for registry in registries if name in registry]
     if not found:
         known = sorted({entry.name for registry in registries for entry in registry})
-        raise UnknownNameError(
-            "quantizer, optimizer, adapter, exporter, dataset format or evaluation", name, known
-        )
+        raise UnknownNameError("quantizer, optimizer, adapter, exporter, dataset format or evaluation", name, known)
     for entry in found:
         click.echo(f"{entry.kind} {entry.name} (plugin {entry.owner})")
         if entry.summary:
@@ -73,6 +65,4 @@ def show_entry(name: str) -> None:
         click.echo("  options:" if options else "  no options")
         for option in options:
             default = "required" if option.required else f"default {option.default!r}"
-            click.echo(
-                f"    {option.name} ({option.type}, {default}){': ' + option.help if option.help else ''}"
-            )
+            click.echo(f"    {option.name} ({option.type}, {default}){': ' + option.help if option.help else ''}")

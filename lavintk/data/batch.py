@@ -55,8 +55,6 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """Return the batch with its tensors on ``device``."""
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)

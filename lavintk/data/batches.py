@@ -100,9 +100,7 @@ def _pixels(rows: Rows, read_image: ReadImage | None) -> Tensor | None:
     if not sources:
         return None
     if read_image is None:
-        raise DataError(
-            "the data", [f"record {id!r} has an image, but the model takes none" for _, id in sources]
-        )
+        raise DataError("the data", [f"record {id!r} has an image, but the model takes none" for _, id in sources])
     return torch.stack([read_image(source, id) for source, id in sources])
 
 

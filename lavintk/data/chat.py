@@ -135,9 +135,7 @@ class ChatForm:
         elif stop_ids:
             self.end_of_turn = behind.strip()
         else:
-            raise ModelError(
-                "the chat template ends an answer with no special token, and there is no EOS token"
-            )
+            raise ModelError("the chat template ends an answer with no special token, and there is no EOS token")
         self.appended_eos = not found
         self.stop_ids = tuple(dict.fromkeys(stop_ids))
         self._ending = re.compile(rf"\s*{re.escape(self.end_of_turn)}" if self.end_of_turn else r"(?=\s*\Z)")

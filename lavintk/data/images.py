@@ -56,9 +56,7 @@ class ImageProcessor:
     transparency: Literal["drop", "white"] = "drop"
 
     @classmethod
-    def from_folder(
-        cls, folder: Path, resize: Resize | None = None, max_pixels: int = MAX_PIXELS
-    ) -> ImageProcessor:
+    def from_folder(cls, folder: Path, resize: Resize | None = None, max_pixels: int = MAX_PIXELS) -> ImageProcessor:
         """Read ``preprocessor_config.json`` of a Hugging Face folder.
 
         :param resize: overrules what the file says.
@@ -68,9 +66,7 @@ class ImageProcessor:
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise ModelError(
-                f"{folder} has no preprocessor_config.json, which says how to scale images"
-            ) from error
+            raise ModelError(f"{folder} has no preprocessor_config.json, which says how to scale images") from error
         except ValueError as error:
             raise ModelError(f"{path} is not valid JSON: {error}") from error
         return cls(**_read_config(path, config, resize), max_pixels=max_pixels)
@@ -216,9 +212,7 @@ def _read_config(path: Path, config: Mapping[str, Any], resize: Resize | None) -
     if config.get("do_resize") is False:
         faults.append("do_resize is false: towers of a fixed size need it")
     if edge is None and crop is not None and _height_width(size) != target:
-        faults.append(
-            f"size {size!r} and crop_size {crop!r}: squashing and cropping together is not supported"
-        )
+        faults.append(f"size {size!r} and crop_size {crop!r}: squashing and cropping together is not supported")
     mean, std = (_triple(config, name) for name in ("image_mean", "image_std"))
     if mean is None or std is None:
         faults.append("image_mean and image_std: expected three numbers each")

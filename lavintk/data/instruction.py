@@ -32,13 +32,9 @@ class InstructionForm:
     :param lavin: LaVIN's layout: ``Image: `` and the slots, or ``Image: N/A``, in front of the turns.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, lavin: bool, image_prefix: str, image_suffix: str
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, lavin: bool, image_prefix: str, image_suffix: str) -> None:
         if not isinstance(tokenizer.eos_token_id, int):
-            raise ModelError(
-                "the tokenizer has no EOS token, which the Instruction/Response form ends answers with"
-            )
+            raise ModelError("the tokenizer has no EOS token, which the Instruction/Response form ends answers with")
         self.eos, self.lavin = tokenizer.eos_token_id, lavin
         self.image_prefix, self.image_suffix = image_prefix, image_suffix
         self.stop_ids: tuple[int, ...] = (self.eos,)

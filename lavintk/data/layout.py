@@ -130,9 +130,7 @@ def _surrounded(text: str, prefix: str, suffix: str) -> str:
     shown, *rest = text.split(IMAGE_MARKER)
     for following in rest:
         before = "" if prefix and shown.endswith(prefix) else prefix
-        present = following.startswith(suffix) or (
-            suffix.isspace() and not following and following is rest[-1]
-        )
+        present = following.startswith(suffix) or (suffix.isspace() and not following and following is rest[-1])
         shown += f"{before}{IMAGE_MARKER}{'' if present else suffix}{following}"
     return shown
 

@@ -52,9 +52,7 @@ class TokenizedRecord:
         :raises DataError: visual slots would be cut off.
         """
         if self.visual_slots and self.visual_slots[-1] >= length:
-            raise DataError(
-                "the data", [f"record {self.id!r}: cutting it to {length} tokens cuts its image off"]
-            )
+            raise DataError("the data", [f"record {self.id!r}: cutting it to {length} tokens cuts its image off"])
         labels = [*self.labels[: length - 1], IGNORED]
         trained = sum(label != IGNORED for label in labels)
         return replace(self, input_ids=self.input_ids[:length], labels=labels, trained=trained)
@@ -168,9 +166,7 @@ def _add(rows: _Rows, row: TokenizedRecord, max_length: int, too_long: TooLong) 
     rows.longest = max(rows.longest, len(row))
     if len(row) > max_length:
         if too_long == "error":
-            raise DataError(
-                "the data", [f"record {row.id!r}: {len(row)} tokens, at most {max_length} are allowed"]
-            )
+            raise DataError("the data", [f"record {row.id!r}: {len(row)} tokens, at most {max_length} are allowed"])
         if too_long == "drop":
             rows.dropped.append(row.id)
             return
@@ -186,16 +182,12 @@ def _check(rows: _Rows, max_length: int) -> None:
     reasons = {True: f"; its answer lies behind the {max_length} tokens that are kept", False: ""}
     untrained = [f"record {name!r}: no trained token{reasons[name in cut]}" for name in rows.untrained]
     if rows.kept and len(untrained) == len(rows.kept) and not rows.faults:
-        advice = (
-            "Labels are all masked: nothing can be learned. Do the records end with an assistant message?"
-        )
+        advice = "Labels are all masked: nothing can be learned. Do the records end with an assistant message?"
         raise DataError("the data (labels all masked)", untrained, advice)
     if faults := rows.faults + untrained:
         raise DataError("the data", faults)
     if not rows.kept and rows.dropped:
-        fault = (
-            f"all {len(rows.dropped)} records are longer than {max_length} tokens (longest: {rows.longest})"
-        )
+        fault = f"all {len(rows.dropped)} records are longer than {max_length} tokens (longest: {rows.longest})"
         raise DataError("the data", [fault], "Raise max_length.")
     if not rows.kept:
         raise DataError("the data", ["there are no records"])

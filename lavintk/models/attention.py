@@ -57,7 +57,7 @@ class AttentionPlan:
         rows = len(self.lengths)
         if self.gather is not None:
             flat = flat.index_select(1, self.gather)
-        return flat.unflatten(1, (rows, -1)).transpose(0, 1)
+        return cast(Tensor, flat.unflatten(1, (rows, -1))).transpose(0, 1)
 
     def to_flat(self, rows: Tensor) -> Tensor:
         """Turn ``[B, heads, S, d]`` back into ``[N, heads, d]``."""
@@ -132,7 +132,7 @@ def attend(
     layer = cast(int, module.layer_idx)
     if plan.cache is not None and plan.cache.holds(layer):
         k, v = plan.cache.append(layer, k, v)
-        mask = plan.cache.visible(sliding_window)
+        mask: Tensor | None = plan.cache.visible(sliding_window)
     else:
         if plan.cache is not None:
             plan.cache.write_prompt(layer, k, v)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -56,7 +56,7 @@ def build(
     tokenizer = load_tokenizer(place)
     check_vocabulary(tokenizer, source.config())
     base = {"language": {"source": source.description, "sha256": source.fingerprint()}}
-    language = load_language_model(source, quantizer, device=device, dtype=dtype, progress=progress)
+    language: Any = load_language_model(source, quantizer, device=device, dtype=dtype, progress=progress)
     tower, images = None, None
     if recipe.model.vision is not None:
         vision_place = locate(recipe.model.vision)

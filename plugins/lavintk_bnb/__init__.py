@@ -69,9 +69,7 @@ def lavintk_register_quantizers(registry: Registry[Quantizer]) -> None:
         options=FourBitOptions,
         summary="4-bit floating point; nf4 is usually more exact",
     )
-    registry.add(
-        "int8", make_int8, options=Int8Options, summary="8 bits per weight, one scale per row (LLM.int8())"
-    )
+    registry.add("int8", make_int8, options=Int8Options, summary="8 bits per weight, one scale per row (LLM.int8())")
 
 
 @hookimpl
@@ -83,9 +81,7 @@ def lavintk_register_optimizers(registry: Registry[Optimizer]) -> None:
         summary="AdamW, 32-bit state that pages to host memory (QLoRA's and LaVIN's)",
     )
     registry.add("8bit", partial(make_adamw, state_bits=8, paged=False), summary="AdamW, 8-bit state")
-    registry.add(
-        "paged-8bit", partial(make_adamw, state_bits=8, paged=True), summary="AdamW, 8-bit paged state"
-    )
+    registry.add("paged-8bit", partial(make_adamw, state_bits=8, paged=True), summary="AdamW, 8-bit paged state")
     registry.add(
         "lion-8bit",
         partial(make_lion, paged=False),

@@ -69,9 +69,7 @@ class Lion(_Optimizer):
     :param betas: Lion's own; those given to :meth:`build` are AdamW's and not used.
     """
 
-    def __init__(
-        self, state_bits: Literal[8, 32], paged: bool, betas: tuple[float, float] = (0.9, 0.99)
-    ) -> None:
+    def __init__(self, state_bits: Literal[8, 32], paged: bool, betas: tuple[float, float] = (0.9, 0.99)) -> None:
         super().__init__(state_bits, paged)
         self.betas = betas
 
@@ -185,12 +183,8 @@ def _device_type(groups: Sequence[dict[str, Any]]) -> str:
     if not devices:
         raise TrainingError("there are no parameters to train: does the recipe name an adapter?")
     if len(devices) > 1:
-        raise TrainingError(
-            f"the trained parameters lie on {' and '.join(sorted(devices))}: move them to one device"
-        )
+        raise TrainingError(f"the trained parameters lie on {' and '.join(sorted(devices))}: move them to one device")
     (device,) = devices
     if device not in ("cpu", "cuda"):
-        raise TrainingError(
-            f"bitsandbytes' optimizers run on a CPU or with CUDA, not on {device}: use --optim adamw"
-        )
+        raise TrainingError(f"bitsandbytes' optimizers run on a CPU or with CUDA, not on {device}: use --optim adamw")
     return device

@@ -28,9 +28,7 @@ class Int8Options:
 
     threshold: float = field(
         default=6.0,
-        metadata={
-            "help": "activations from this size on stay in 16 bits (CUDA only); 0 quantizes all of them"
-        },
+        metadata={"help": "activations from this size on stay in 16 bits (CUDA only); 0 quantizes all of them"},
     )
 
     def __post_init__(self) -> None:

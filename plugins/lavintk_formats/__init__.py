@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 def lavintk_register_datasets(registry: Registry[DatasetFormat]) -> None:
     """Offer the seven formats."""
     add = registry.add
-    add(
-        "alpaca", AlpacaFormat, options=FileOptions, summary="instruction, input, output (JSON list or JSONL)"
-    )
+    add("alpaca", AlpacaFormat, options=FileOptions, summary="instruction, input, output (JSON list or JSONL)")
     add(
         "openai",
         OpenAIFormat,

@@ -57,9 +57,7 @@ class EasyVqaFormat:
                 "Install the package again: pip install --force-reinstall easy-vqa==1.0",
             )
         order = random.Random(self.options.seed)
-        groups = _grouped(
-            questions, self.options.questions_per_record, order if self.options.shuffle else None
-        )
+        groups = _grouped(questions, self.options.questions_per_record, order if self.options.shuffle else None)
         chosen = groups[: self.options.limit or None]
         return [_record(split, questions, group, images) for group in chosen]
 
@@ -91,13 +89,9 @@ def _grouped(questions: Sequence[Question], size: int, order: random.Random | No
     return groups
 
 
-def _record(
-    split: str, questions: Sequence[Question], group: Sequence[int], images: dict[int, Path]
-) -> Record:
+def _record(split: str, questions: Sequence[Question], group: Sequence[int], images: dict[int, Path]) -> Record:
     messages = []
     for index in group:
         question, answer, image = questions[index]
         messages += [Message("user", question), Message("assistant", answer)]
-    return Record(
-        f"{split}-{group[0]}", tuple(messages), (images[image],), {"image": image, "questions": tuple(group)}
-    )
+    return Record(f"{split}-{group[0]}", tuple(messages), (images[image],), {"image": image, "questions": tuple(group)})

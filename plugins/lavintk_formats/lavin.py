@@ -15,9 +15,7 @@ class LavinOptions(FileOptions):
 
     images: Path | None = field(
         default=None,
-        metadata={
-            "help": "folder with train2014/ (COCO) and train/ (ScienceQA); default: images/ beside the file"
-        },
+        metadata={"help": "folder with train2014/ (COCO) and train/ (ScienceQA); default: images/ beside the file"},
     )
 
 

@@ -23,9 +23,7 @@ ROLES: dict[str, Role] = {
 class LlavaOptions(FileOptions):
     """The file and where its images lie."""
 
-    images: Path | None = field(
-        default=None, metadata={"help": "image folder; default: the file's own folder"}
-    )
+    images: Path | None = field(default=None, metadata={"help": "image folder; default: the file's own folder"})
 
 
 class LlavaFormat:

@@ -75,9 +75,7 @@ def _part(row: Row, name: str, part: object, images: list[ImageSource]) -> str:
             row.fault(f"{name}.text", f"expected text, found {describe(text)}")
             return ""
         return text
-    source = (
-        part.get("image_url") if kind == "image_url" else part.get("image", part.get("url", part.get("path")))
-    )
+    source = part.get("image_url") if kind == "image_url" else part.get("image", part.get("url", part.get("path")))
     if isinstance(source, dict):
         source = source.get("url")
     if not source:

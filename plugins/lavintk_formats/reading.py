@@ -257,9 +257,7 @@ def _listed(path: Path, key: str | None) -> list[Any]:
     content = read_json(path)
     if key is not None:
         if not isinstance(content, dict) or key not in content:
-            raise DataError(
-                str(path), [f"expected an object with the key {key!r}, found {describe(content)}"]
-            )
+            raise DataError(str(path), [f"expected an object with the key {key!r}, found {describe(content)}"])
         content = content[key]
     if not isinstance(content, list):
         raise DataError(str(path), [f"expected a list of records, found {describe(content)}"])

@@ -22,12 +22,8 @@ class ScienceQaOptions:
 
     path: Path = field(metadata={"help": "folder with problems.json and pid_splits.json"})
     prompt_format: str = field(default="QCM-ALE", metadata={"help": "input-output, for example QCM-A"})
-    captions: Path | None = field(
-        default=None, metadata={"help": "captions.json, to add captions to the context"}
-    )
-    images: Path | None = field(
-        default=None, metadata={"help": "image folder; default: images/ in the folder"}
-    )
+    captions: Path | None = field(default=None, metadata={"help": "captions.json, to add captions to the context"})
+    images: Path | None = field(default=None, metadata={"help": "image folder; default: images/ in the folder"})
     train: str = field(default="train", metadata={"help": "split to train on: train, trainval or minitrain"})
     validation: str = field(default="val", metadata={"help": "split to validate on: val or minival"})
     test: str = field(default="test", metadata={"help": "split to test on: test or minitest"})
@@ -41,9 +37,7 @@ class ScienceQaOptions:
         check_limit(self.limit)
         if self.prompt_format not in PROMPT_FORMATS:
             advice = did_you_mean(self.prompt_format, PROMPT_FORMATS)
-            raise ValueError(
-                f"no prompt_format {self.prompt_format!r}. Known: {', '.join(PROMPT_FORMATS)}.{advice}"
-            )
+            raise ValueError(f"no prompt_format {self.prompt_format!r}. Known: {', '.join(PROMPT_FORMATS)}.{advice}")
 
 
 class ScienceQaFormat:
@@ -83,9 +77,7 @@ class ScienceQaFormat:
             if isinstance(problem, dict):
                 rows.append(Row(where, identifier, {"split": split, **problem}, self.folder, faults))
             else:
-                faults.append(
-                    f"{where}: listed in pid_splits.json, in problems.json found {describe(problem)}"
-                )
+                faults.append(f"{where}: listed in pid_splits.json, in problems.json found {describe(problem)}")
         return rows
 
     def _captions(self) -> Mapping[str, Any]:
@@ -94,9 +86,7 @@ class ScienceQaFormat:
         path = self.options.captions.expanduser()
         captions = _read_object(path).get("captions")
         if not isinstance(captions, dict):
-            raise DataError(
-                str(path), [f"expected the key 'captions' with an object, found {describe(captions)}"]
-            )
+            raise DataError(str(path), [f"expected the key 'captions' with an object, found {describe(captions)}"])
         return captions
 
     def _record(self, row: Row, captions: Mapping[str, Any]) -> Record:
@@ -104,9 +94,7 @@ class ScienceQaFormat:
         _check(row)
         folder = self.options.images.expanduser() if self.options.images else row.folder / "images"
         image = row.text("image", required=False)
-        images = (
-            (row.image_file("image", folder / row.text("split") / row.default_id / image),) if image else ()
-        )
+        images = (row.image_file("image", folder / row.text("split") / row.default_id / image),) if image else ()
         if len(row.faults) > before:
             return Record(row.default_id, (Message("user", "?"),))
         caption = str(captions.get(row.default_id, ""))
@@ -125,9 +113,7 @@ def _check(row: Row) -> None:
     elif not 2 <= len(choices) <= len(LETTERS):
         row.fault("choices", f"expected 2 to {len(LETTERS)} choices, found {len(choices)}")
     elif not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        row.fault(
-            "answer", f"expected the index of a choice (0 to {len(choices) - 1}), found {describe(answer)}"
-        )
+        row.fault("answer", f"expected the index of a choice (0 to {len(choices) - 1}), found {describe(answer)}")
 
 
 def _meta(problem: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,9 +20,7 @@ LETTERS = "ABCDE"
 Compat = Literal["", "lavin"]
 
 
-def build_prompt(
-    problem: Mapping[str, Any], prompt_format: str, caption: str, compat: Compat
-) -> tuple[str, str]:
+def build_prompt(problem: Mapping[str, Any], prompt_format: str, caption: str, compat: Compat) -> tuple[str, str]:
     r"""Return prompt (ending in ``Response:``) and answer of a checked problem.
 
     :param problem: question, choices, answer, hint, lecture and solution.
@@ -30,21 +28,15 @@ def build_prompt(
         answer without either keeps a final ``BECAUSE:``.
     """
     given, wanted = prompt_format.split("-")
-    lecture, solution = (
-        str(problem.get(name) or "").replace("\n", "\\n") for name in ("lecture", "solution")
-    )
+    lecture, solution = (str(problem.get(name) or "").replace("\n", "\\n") for name in ("lecture", "solution"))
     prompt = _input(problem, given, caption, lecture, solution, compat)
     letter = LETTERS[problem["answer"]]
     return _tidy(f"{prompt}Response:"), _tidy(_output(wanted, letter, lecture, solution, compat))
 
 
-def _input(
-    problem: Mapping[str, Any], given: str, caption: str, lecture: str, solution: str, compat: Compat
-) -> str:
+def _input(problem: Mapping[str, Any], given: str, caption: str, lecture: str, solution: str, compat: Compat) -> str:
     hint = str(problem.get("hint") or "")
-    choices = " ".join(
-        f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem["choices"], strict=False)
-    )
+    choices = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem["choices"], strict=False))
     reasons = " ".join(text for letter, text in (("L", lecture), ("E", solution)) if letter in given)
     because = f"BECAUSE: {reasons}\n" if reasons.strip() or (compat and set("LE") & set(given)) else ""
     lines = {

@@ -129,9 +129,7 @@ def _config_faults(path: Path, options: LoraOptions) -> list[str]:
         return [f"{path.name} does not describe a LoRA adapter (peft_type 'LORA')"]
     faults = _setting_faults(path.name, PEFT_DEFAULTS | config, options)
     faults += [
-        f"{path.name} uses {name}={config[name]!r}, which lavintk lacks"
-        for name in FEATURES
-        if config.get(name)
+        f"{path.name} uses {name}={config[name]!r}, which lavintk lacks" for name in FEATURES if config.get(name)
     ]
     if config.get("bias") not in (None, "none"):
         faults.append(f"{path.name} trains biases (bias={config['bias']!r}), which lavintk's LoRA does not")
@@ -149,9 +147,7 @@ def _setting_faults(file: str, found: Mapping[str, Any], options: LoraOptions) -
     ]
 
 
-def _read(
-    path: Path, own: Mapping[str, nn.Parameter], faults: list[str]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read(path: Path, own: Mapping[str, nn.Parameter], faults: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return tensors and metadata of a file; what does not fit ``own`` is added to ``faults``."""
     if not own and not path.exists():
         return {}, {}

@@ -53,5 +53,8 @@ def make_mixture(options: MixtureOptions) -> Adapter:
 def lavintk_register_adapters(registry: Registry[Adapter]) -> None:
     """Offer ``mma``."""
     registry.add(
-        "mma", make_mixture, options=MixtureOptions, summary="LaVIN's mixture-of-modality adapters, switching by modality"
+        "mma",
+        make_mixture,
+        options=MixtureOptions,
+        summary="LaVIN's mixture-of-modality adapters, switching by modality",
     )

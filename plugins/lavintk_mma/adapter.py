@@ -90,7 +90,7 @@ class MixtureOfModalityAdapter(nn.Module):
     With dropout off this gives the original's numbers; with dropout the two differ in how masks are drawn.
     """
 
-    conditions = CONDITIONS
+    conditions: tuple[str, ...] = CONDITIONS
 
     def __init__(self, options: MixtureOptions) -> None:
         super().__init__()
@@ -179,9 +179,7 @@ class MixtureOfModalityAdapter(nn.Module):
         self._model.train(was_training)
         return {key: cast(Tensor, norm.table) for key, norm in self._norms.items()}
 
-    def _wrap_language(
-        self, model: MultimodalModel, layer: nn.Module, index: int, norm: str, place: str
-    ) -> None:
+    def _wrap_language(self, model: MultimodalModel, layer: nn.Module, index: int, norm: str, place: str) -> None:
         if not hasattr(layer, norm):
             raise ModelError(f"{type(layer).__name__} has no {norm}: the mma adapter fits Llama-like layers only")
         o = self.options
@@ -191,9 +189,7 @@ class MixtureOfModalityAdapter(nn.Module):
         self._norms[f"{index}_{place}"] = routed
         setattr(layer, norm, routed)
 
-    def _wrap_visual(
-        self, model: MultimodalModel, block: nn.Module, index: int, norm: str, place: str
-    ) -> None:
+    def _wrap_visual(self, model: MultimodalModel, block: nn.Module, index: int, norm: str, place: str) -> None:
         assert model.vision is not None
         o, width = self.options, model.vision.width
         wrapped: nn.Module

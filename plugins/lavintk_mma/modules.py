@@ -7,6 +7,7 @@ projections, ``E`` the router, s the scale and tau the temperature.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class GroupedUp(nn.Module):
 
     def dense(self) -> Tensor:
         """Return the weight as a dense ``[width, dim]`` matrix."""
-        return torch.block_diag(*self.weight.chunk(self.groups))
+        return cast(Tensor, torch.block_diag(*self.weight.chunk(self.groups)))
 
 
 class Bottleneck(nn.Module):
@@ -69,9 +70,7 @@ class AffineAdapter(nn.Module):
 class RoutedAdapter(nn.Module):
     """The MM-adapter: ``x + s w0 (B z + b) + s w1 (C z + c)``, ``w = softmax((E t + e) / tau)``, ``z = A x + a``."""
 
-    def __init__(
-        self, width: int, dim: int, groups: int, scale: float, temperature: float, dropout: float
-    ) -> None:
+    def __init__(self, width: int, dim: int, groups: int, scale: float, temperature: float, dropout: float) -> None:
         super().__init__()
         self.scale, self.temperature = scale, temperature
         self.down = Bottleneck(width, dim, dropout)
