@@ -54,7 +54,7 @@ class ModelSection(Section):
 
     language: str = Field(description="catalog name, folder, .gguf file or hub id of the language model")
     vision: str | None = Field(None, description="catalog name, folder or hub id of the vision tower; null for text")
-    tap_every: int = Field(4, ge=1, description="take the tower's class token after every so many blocks")
+    tap_every: int = Field(4, ge=1, description="one visual token after every so many blocks of the tower")
     neck: int = Field(128, ge=1, description="hidden width of the visual neck")
 
 
@@ -64,10 +64,10 @@ class DataSection(Section):
     train: PluginChoice = Field(description="record format and file, for example alpaca:data.json")
     split: str = Field("train", description="split to train on, for formats that have splits")
     validation: PluginChoice | None = Field(None, description="records for the loss during training")
-    validation_split: str = "validation"
+    validation_split: str = Field("validation", description="split to validate on, for formats that have splits")
     test: PluginChoice | None = Field(None, description="records to answer before and after training")
-    test_split: str = "test"
-    template: str = Field("auto", description="auto, chat, lavin, or the path of a .jinja file")
+    test_split: str = Field("test", description="split to test on, for formats that have splits")
+    template: str = Field("auto", description="auto, chat, plain, lavin, or the path of a .jinja file")
     system: str | None = Field(None, description="system message put before conversations that have none")
     max_length: int = Field(512, ge=8, description="tokens per row, visual tokens included")
     too_long: Literal["drop", "truncate", "error"] = Field("drop", description="what happens to longer rows")
@@ -77,29 +77,33 @@ class DataSection(Section):
 class TrainSection(Section):
     """The optimization."""
 
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(1.0, gt=0, description="how often each row is seen; fractions are fine")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
     batch_size: int = Field(1, ge=1, description="rows per micro-batch")
     accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step")
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
-    min_lr: float = Field(0.0, ge=0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine or linear schedule")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="how the learning rate falls after the warm-up"
+    )
     warmup: float = Field(0.03, ge=0, description="below 1: share of all steps; otherwise steps")
     weight_decay: float = Field(0.0, ge=0, description="not applied to biases and vectors")
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
+    betas: tuple[float, float] = Field((0.9, 0.999), description="decay of AdamW's two averages")
+    eps: float = Field(1e-8, gt=0, description="what AdamW adds to its denominator")
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null for none")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="compute type; auto is bf16 on CUDA devices that have it, fp32 on a CPU"
+        "auto", description="compute type; auto: bf16 on CUDA devices that have it, fp16 on others, fp32 on a CPU"
     )
     checkpointing: Literal["auto", True, False] = Field(
         "auto", description="recompute layers in the backward pass; auto: on CUDA yes, on a CPU no"
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    seed: int = 0
-    log_every: int = Field(1, ge=1)
+    seed: int = Field(0, description="of the adapter's start values, the order of the rows and dropout")
+    log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl and calls of logging plugins")
     eval_every: int | None = Field(None, ge=1, description="steps between validations; null: after each epoch")
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; null: with each validation")
+    save_every: int | None = Field(
+        None, ge=1, description="steps between checkpoints; null: after each epoch. A new best is always saved"
+    )
     keep: int = Field(2, ge=1, description="checkpoints to keep besides the best")
     patience: int | None = Field(None, ge=1, description="stop after so many validations without improvement")
 
@@ -107,23 +111,23 @@ class TrainSection(Section):
 class EvaluationSection(Section):
     """Answering test records before and after training."""
 
-    name: PluginChoice = Field(default_factory=lambda: Choice("exact-match"))
+    name: PluginChoice = Field(default_factory=lambda: Choice("exact-match"), description="how answers are scored")
     before: bool = Field(True, description="also evaluate the untrained model")
-    max_new_tokens: int = Field(16, ge=1)
-    batch_size: int = Field(32, ge=1)
+    max_new_tokens: int = Field(16, ge=1, description="tokens of an answer, at most")
+    batch_size: int = Field(32, ge=1, description="records answered at a time")
 
 
 class Recipe(Section):
     """A complete, valid recipe."""
 
-    name: str = "run"
-    model: ModelSection
-    quant: PluginChoice = Field(default_factory=lambda: Choice("none"))
-    adapter: PluginChoice = Field(default_factory=lambda: Choice("lora"))
-    optim: PluginChoice = Field(default_factory=lambda: Choice("adamw"))
-    data: DataSection
-    train: TrainSection = Field(default_factory=TrainSection)
-    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    name: str = Field("run", description="part of the run folder's name; by default the recipe file's")
+    model: ModelSection = Field(description="the frozen models")
+    quant: PluginChoice = Field(default_factory=lambda: Choice("none"), description="how the frozen base is stored")
+    adapter: PluginChoice = Field(default_factory=lambda: Choice("lora"), description="what is trained in the base")
+    optim: PluginChoice = Field(default_factory=lambda: Choice("adamw"), description="the optimizer and its state")
+    data: DataSection = Field(description="the records")
+    train: TrainSection = Field(default_factory=TrainSection, description="the optimization")
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="the test")
 
     def dump(self) -> dict[str, Any]:
         """Return the recipe as plain values, ready for YAML or JSON."""

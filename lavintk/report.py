@@ -77,8 +77,8 @@ def loading_bar(console: Console, text: str) -> Iterator[object]:
 
 def scores_table(before: Mapping[str, float] | None, after: Mapping[str, float] | None, title: str) -> Table:
     """Return accuracy before and after training beside what always giving the commonest answer reaches."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table = Table(box=None, pad_edge=False)
+    table.add_column(title)
     table.add_column("accuracy", justify="right")
     shown = after or before or {}
     if "majority_accuracy" in shown:

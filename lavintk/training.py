@@ -445,7 +445,7 @@ def summary(evaluation: Mapping[str, float], test: Choice | None) -> Any:
             return None
         return {**evaluation, "accuracy": evaluation[f"accuracy_{when}"]}
 
-    return scores_table(scores("before"), scores("after"), f"{evaluation['questions']} test questions of {test}")
+    return scores_table(scores("before"), scores("after"), f"{evaluation['questions']} test questions ({test})")
 
 
 def _write_lines(path: Path, entries: list[Mapping[str, Any]] | list[dict[str, Any]], append: bool = False) -> None:

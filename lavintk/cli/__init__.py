@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments  # wherever it stands
     arguments = [argument for argument in arguments if argument != "--debug"]
-    _quiet_libraries()
+    _prepare_environment()
     try:
         doctor_called = arguments[:1] == ["doctor"]  # which has to work beside a broken plugin
         group = make_group(with_plugins=not doctor_called)
@@ -62,8 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _quiet_libraries() -> None:
-    """Keep the libraries' own remarks off the terminal and their telemetry off the network."""
+def _prepare_environment() -> None:
+    """Keep the libraries' remarks off the terminal, their telemetry off the network, their threads from spinning.
+
+    torch's OpenMP threads spin while they wait for each other; where anything else runs on the machine, a layer then
+    waits for a thread that is not scheduled. The variable counts only if it is set before torch is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
