@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -42,21 +41,23 @@ PAGES = ("cli.md", "recipe.md", "data.md", "models.md", "plugins.md")
 WIDTH = 98
 """Columns of the terminal for which help is written."""
 
-PART = re.compile(r"(<!-- generated: (\S+)(?: (.+?))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+PART = re.compile(r"(<!-- generated: (\S+)(?: ([^\n]+?))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 FILE = re.compile(r"<!-- file: (\S+) -->\n+```\w*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 IMAGE = re.compile(r"<!-- image: (\S+) -->")
 
 
 def main(arguments: list[str]) -> int:
     """Write or check the pages and return the exit code."""
-    stale = [name for name in PAGES if refreshed(text := _read(name)) != text]
-    if "--check" in arguments:
-        print("\n".join(f"docs/{name} is out of date; run: python docs/generate.py" for name in stale) or "up to date")
-        return int(bool(stale))
-    for name in stale:
-        (DOCS / name).write_text(refreshed(_read(name)), encoding="utf-8")
-        print(f"wrote docs/{name}")
-    return 0
+    checking, stale = "--check" in arguments, False
+    for page in (DOCS / name for name in PAGES):
+        text = page.read_text(encoding="utf-8")
+        if (fresh := refreshed(text)) == text:
+            continue
+        stale = True
+        if not checking:
+            page.write_text(fresh, encoding="utf-8")
+        print(f"docs/{page.name} {'is out of date: run python docs/generate.py' if checking else 'written'}")
+    return int(checking and stale)
 
 
 def refreshed(page: str) -> str:
@@ -99,13 +100,12 @@ def commands(command: click.Command, path: str = "lavintk") -> Iterator[tuple[st
 
 def command_help() -> str:
     """Return the help of every command; those that plugins add are left out."""
-    os.environ["COLUMNS"] = str(WIDTH)
     group = make_group(with_plugins=False)
     return "\n\n".join(f"## {path}\n\n{_block(_help(group, path))}" for path, _ in commands(group))
 
 
 def _help(group: click.Group, path: str) -> str:
-    context = click.Context(group, info_name="lavintk", **group.context_settings)
+    context = click.Context(group, info_name="lavintk", terminal_width=WIDTH - 2, **group.context_settings)
     command: click.Command = group
     for name in path.split()[1:]:
         assert isinstance(command, click.Group)
@@ -166,6 +166,15 @@ def catalog() -> str:
     return _table(("name", "kind", "licence", "what it is"), rows)
 
 
+def model_types(which: str) -> str:
+    """Return the kinds of models that are supported: ``language``, ``gguf`` or ``vision``."""
+    from lavintk.models.gguf_source import ARCHITECTURES
+    from lavintk.models.language import LANGUAGE_TYPES, VISION_TYPES
+
+    types = {"language": LANGUAGE_TYPES, "gguf": ARCHITECTURES, "vision": VISION_TYPES}
+    return ", ".join(f"`{name}`" for name in types[which])
+
+
 def hooks() -> str:
     """Return each hook: its signature as heading, when it is called, and its arguments."""
     names = [name for name in vars(hookspecs) if name.startswith("lavintk_")]
@@ -181,6 +190,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "options": format_options,
     "records": format_records,
     "catalog": catalog,
+    "model-types": model_types,
     "hooks": hooks,
 }
 
@@ -251,15 +261,16 @@ def _record(record: Record) -> str:
     for message in record.messages:
         lines.append(f"  {message.role}: " + message.text.replace("\n", "\n    "))
     for image in record.images:
-        lines.append("  image: " + (f"{len(image)} bytes" if isinstance(image, bytes) else image.as_posix()))
+        place = f"{len(image)} bytes" if isinstance(image, bytes) else image.name if image.is_absolute() else str(image)
+        lines.append(f"  image: {place}")
     return "\n".join(lines)
 
 
 def _hook(spec: Any) -> str:
     said, *arguments = re.split(r"^:param (\w+): ", inspect.getdoc(spec) or "", flags=re.MULTILINE)
     listed = [f"- `{name}`: {' '.join(text.split())}" for name, text in zip(arguments[::2], arguments[1::2])]
-    signature = inspect.signature(spec).replace(return_annotation=inspect.Signature.empty)
-    return _markdown("\n\n".join([f"### {spec.__name__}{signature}", said.strip(), "\n".join(listed)]))
+    declared = ", ".join(f"{p.name}: {p.annotation}" for p in inspect.signature(spec).parameters.values())
+    return _markdown("\n\n".join([f"### {spec.__name__}({declared})", said.strip(), "\n".join(listed)]))
 
 
 def _markdown(text: str) -> str:
@@ -275,10 +286,6 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def _block(text: str) -> str:
     return f"```text\n{text.rstrip()}\n```"
-
-
-def _read(name: str) -> str:
-    return (DOCS / name).read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lavintk.errors import CheckpointError, RunError
+from lavintk.errors import CheckpointError, RunError, TrainingError
 from lavintk.models.multimodal import MultimodalModel
+from lavintk.run import CHECKPOINTS, MODEL, RECIPE
 
 ADAPTER, CONNECTOR, STATE = "adapter", "connector.safetensors", "state.pt"
 _NAME = re.compile(r"step-(\d{6,})$")
@@ -67,7 +70,23 @@ def load_weights(model: MultimodalModel, folder: Path) -> None:
 
 def checkpoints(run: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("step-*") if _NAME.match(path.name))
+    return sorted((path for path in (run / CHECKPOINTS).glob("step-*") if _NAME.match(path.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the number of optimizer steps behind a checkpoint."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def how_to_go_on(run: Path) -> str:
+    """Return what a person can do with a run that did not come to its end."""
+    saved = checkpoints(run)
+    if not saved:
+        return f"{run} has no checkpoint to go on from: start anew with another --out."
+    return (
+        f"What was learned up to step {step_of(saved[-1])} is safe in {saved[-1]}.\n"
+        f"Go on with: lavintk train --resume {run}"
+    )
 
 
 def save_checkpoint(
@@ -78,21 +97,56 @@ def save_checkpoint(
     scaler: torch.amp.GradScaler,
     state: TrainingState,
 ) -> Path:
-    """Write a complete checkpoint and return its folder."""
-    final = run / "checkpoints" / f"step-{state.step:06d}"
-    partial = final.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    save_weights(model, partial, base)
+    """Write a complete checkpoint and return its folder.
+
+    :raises TrainingError: the disk does not take it; what was there before is as it was.
+    """
     content = {
         "state": asdict(state),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "random": _random_state(),
     }
-    torch.save(content, partial / STATE)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    return final
+    with _complete(run / CHECKPOINTS / f"step-{state.step:06d}") as folder:
+        save_weights(model, folder, base)
+        try:
+            torch.save(content, folder / STATE)
+        except RuntimeError as error:  # a full disk, hidden behind a text about the inside of a zip file
+            raise OSError(f"torch could not write {STATE}") from error
+    return run / CHECKPOINTS / f"step-{state.step:06d}"
+
+
+def save_model(run: Path, model: MultimodalModel, base: str) -> None:
+    """Write the trained weights as the outcome of a run.
+
+    :raises TrainingError: as :func:`save_checkpoint`.
+    """
+    with _complete(run / MODEL) as folder:
+        save_weights(model, folder, base)
+
+
+@contextmanager
+def _complete(final: Path) -> Iterator[Path]:
+    """Yield a folder to write into; it takes the place ``final`` once everything is in it."""
+    partial, replaced = (final.with_name(f"{final.name}.{state}") for state in ("partial", "replaced"))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise TrainingError(f"{final} cannot be written: {error}. {_free(final)}") from error
+
+
+def _free(path: Path) -> str:
+    """Say how much room there is where ``path`` would lie."""
+    there = next(folder for folder in path.absolute().parents if folder.is_dir())
+    return f"The disk has {shutil.disk_usage(there).free / 2**20:,.0f} MiB left: make room if that is too little."
 
 
 def load_checkpoint(
@@ -100,24 +154,57 @@ def load_checkpoint(
 ) -> TrainingState:
     """Put model, optimizer, scaler and random numbers back to where ``folder`` was written.
 
-    :raises RunError: the folder holds no complete checkpoint.
+    :raises RunError: the state is missing, damaged, or of another optimizer or adapter.
+    :raises CheckpointError: the weights are.
     """
+    content = _read_state(folder)
+    try:
+        load_weights(model, folder)
+    except CheckpointError as error:
+        raise CheckpointError(error.subject, error.faults, f"{error.advice} {_earlier(folder)}".strip()) from error
+    try:
+        optimizer.load_state_dict(content["optimizer"])
+        scaler.load_state_dict(content["scaler"])
+        torch.set_rng_state(content["random"]["cpu"])
+        if torch.cuda.is_available() and content["random"]["cuda"]:
+            torch.cuda.set_rng_state_all(content["random"]["cuda"])
+        return TrainingState(**content["state"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise RunError(
+            f"{folder / STATE} does not fit the run: {type(error).__name__}: {error}. "
+            f"Was the optimizer or the adapter changed in the run's {RECIPE}?"
+        ) from error
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
     if not (folder / STATE).is_file():
-        raise RunError(f"{folder} holds no complete checkpoint: {STATE} is missing")
-    load_weights(model, folder)
-    content: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(content["optimizer"])
-    scaler.load_state_dict(content["scaler"])
-    torch.set_rng_state(content["random"]["cpu"])
-    if torch.cuda.is_available() and content["random"]["cuda"]:
-        torch.cuda.set_rng_state_all(content["random"]["cuda"])
-    return TrainingState(**content["state"])
+        fault = "is missing"
+    else:
+        try:
+            content = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+            if isinstance(content, dict):
+                return content
+            fault = f"holds a {type(content).__name__}, not the state of a run"
+        except Exception as error:  # a damaged file surfaces as exceptions of many kinds, with long advice
+            fault = f"cannot be read ({type(error).__name__}), so it is damaged or not lavintk's"
+    raise RunError(f"{folder / STATE} {fault}. {_earlier(folder)}")
+
+
+def _earlier(folder: Path) -> str:
+    """Say what is left when the checkpoint ``folder`` is of no use."""
+    others = [path.name for path in checkpoints(folder.parent.parent) if step_of(path) < step_of(folder)]
+    if not others:
+        return "There is no earlier checkpoint: start anew with another --out."
+    return f"To go on from {others[-1]} instead, move {folder} away and resume again."
 
 
 def prune(run: Path, keep: int, best_step: int) -> None:
-    """Delete all checkpoints but the newest ``keep`` and the best one."""
+    """Delete all checkpoints but the newest ``keep`` and the best one, and what interrupted writing left behind."""
     for path in checkpoints(run)[:-keep]:
         if path.name != f"step-{best_step:06d}":
+            shutil.rmtree(path)
+    for path in (run / CHECKPOINTS).iterdir():
+        if path.suffix in (".partial", ".replaced"):
             shutil.rmtree(path)
 
 

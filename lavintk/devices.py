@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import psutil
 import torch
 
-from lavintk.errors import RecipeError
+from lavintk.errors import OutOfMemoryError, RecipeError
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -28,10 +30,11 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError(
             "train.device", [f"{name!r} was asked for, but torch {torch.__version__} sees no CUDA device"],
-            "`lavintk doctor` says why.",
+            "`lavintk doctor` says why; with --device cpu it works without, slowly.",
         )  # fmt: skip
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RecipeError("train.device", [f"{name!r}: there are {torch.cuda.device_count()} CUDA devices"])
+        last = torch.cuda.device_count() - 1
+        raise RecipeError("train.device", [f"{name!r} was asked for; there are cuda:0 to cuda:{last}"])
     return device
 
 
@@ -54,6 +57,24 @@ def peak_memory(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, Linux in KiB
+
+
+@contextmanager
+def enough_memory(device: torch.device, doing: str, advice: Callable[[], str]) -> Iterator[None]:
+    """Turn torch's fault on a full device into one that says what was done, what was used and what to lower.
+
+    :param doing: for example ``"in step 3"``.
+    :param advice: called only then.
+    :raises OutOfMemoryError: the device's memory did not suffice.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        total = torch.cuda.get_device_properties(device).total_memory / 2**30
+        raise OutOfMemoryError(
+            f"{describe(device)} ran out of memory {doing}: {peak_memory(device) / 2**30:.2f} GiB allocated at peak "
+            f"of {total:.1f} GiB. {advice()}"
+        ) from error
 
 
 def describe(device: torch.device) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavintk.errors import RunError
+from lavintk.errors import CheckpointError, RunError
 from lavintk.recipe import Recipe, make_recipe, read_recipe
 from lavintk.registry import Choice
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from lavintk.models.build import Assembly
 
 RECIPE, MANIFEST, METRICS, MODEL = "recipe.yaml", "manifest.json", "metrics.jsonl", "model"
+PARTIAL_MANIFEST, PREDICTIONS, CHECKPOINTS = f"{MANIFEST}.partial", "predictions_{}.jsonl", "checkpoints"
 PACKAGES = ("lavintk", "torch", "transformers", "bitsandbytes", "safetensors", "tokenizers", "pluggy", "numpy")
 
 
@@ -40,11 +42,14 @@ class Run:
     def create(cls, folder: Path, recipe: Recipe) -> Run:
         """Make a new run folder.
 
-        :raises RunError: the folder exists and is not empty.
+        :raises RunError: the folder is in use or cannot be made.
         """
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RunError(f"{folder} exists and is not empty; choose another --out, or go on with `--resume {folder}`")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise RunError(_about_folder_in_use(folder))
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"the run's folder {folder} cannot be made: {error}. Choose another --out.") from error
         manifest = {
             "status": "started",
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -52,9 +57,27 @@ class Run:
             "versions": versions(),
         }
         run = cls(folder, recipe, manifest)
-        (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
-        run.record()
+        try:
+            (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+            run.record()
+        except OSError as error:
+            run.discard()
+            raise RunError(f"{folder} cannot be written to: {error}. Choose another --out.") from error
         return run
+
+    def discard(self) -> bool:
+        """Remove the folder of a run that came to nothing; return whether it is gone.
+
+        Only what a run writes before its first step is removed; with anything else in it the folder stays.
+        """
+        if not self.folder.is_dir():
+            return True
+        found = {path.name for path in self.folder.iterdir() if path.is_file()}
+        trained = any((self.folder / name).exists() for name in (CHECKPOINTS, MODEL))
+        if trained or not found <= {RECIPE, MANIFEST, PARTIAL_MANIFEST, PREDICTIONS.format("before")}:
+            return False
+        shutil.rmtree(self.folder, ignore_errors=True)  # loggers keep their files in folders of their own
+        return not self.folder.exists()
 
     @classmethod
     def open(cls, folder: Path) -> Run:
@@ -64,21 +87,28 @@ class Run:
         """
         missing = [name for name in (RECIPE, MANIFEST) if not (folder / name).is_file()]
         if missing:
-            found = "does not exist" if not folder.is_dir() else f"lacks {' and '.join(missing)}"
+            found = "does not exist" if not folder.exists() else f"lacks {' and '.join(missing)}"
+            found = "is a file" if folder.is_file() else found
             raise RunError(f"{folder} {found}, so it is no run; `lavintk train` makes one under runs/")
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         except ValueError as error:
             raise RunError(f"{folder / MANIFEST} is not valid JSON: {error}") from error
+        if not isinstance(manifest, dict):
+            raise RunError(f"{folder / MANIFEST} must hold a JSON object, found {type(manifest).__name__}")
         return cls(folder, make_recipe(read_recipe(str(folder / RECIPE))), manifest)
 
     def record(self, **entries: Any) -> None:
         """Add entries to the manifest and write it, replacing the old file in one step."""
         text = json.dumps({**self.manifest, **entries}, indent=2, default=str)
         self.manifest = json.loads(text)  # what is in memory is what is on disk
-        partial = self.folder / f"{MANIFEST}.partial"
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, self.folder / MANIFEST)
+        partial = self.folder / PARTIAL_MANIFEST
+        try:
+            partial.write_text(text + "\n", encoding="utf-8")
+            os.replace(partial, self.folder / MANIFEST)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
     @property
     def assembly(self) -> Assembly:
@@ -92,23 +122,50 @@ class Run:
         """Load the frozen base, quantize it as in training, and put the trained weights in.
 
         :param device: overrides the recipe's, for example ``"cpu"``.
-        :raises RunError: the run holds no trained weights.
+        :raises RunError: the run holds no trained weights, or a frozen model is not the one it was trained on.
+        :raises CheckpointError: the weights cannot be read or do not fit.
         """
-        from lavintk.checkpoints import load_weights
+        from lavintk.checkpoints import how_to_go_on, load_weights
         from lavintk.devices import pick_device, pick_precision
         from lavintk.models.build import build
         from lavintk.plugins import installed_plugins
 
         weights = self.folder / MODEL
         if not weights.is_dir():
-            raise RunError(f"{self.folder} holds no trained weights yet; go on with `lavintk train --resume`")
+            raise RunError(f"{self.folder} holds no trained weights yet. {how_to_go_on(self.folder)}")
         target = pick_device(device or self.recipe.train.device)
         dtype = pick_precision(self.recipe.train.precision, target)
-        assembly = build(self.recipe, installed_plugins(), target, dtype)
-        load_weights(assembly.model, weights)
+        assembly = build(self.recipe, installed_plugins(), target, dtype, check_base=self.check_base)
+        try:
+            load_weights(assembly.model, weights)
+        except CheckpointError as error:
+            advice = f"{error.advice}\n{how_to_go_on(self.folder)}"
+            raise CheckpointError(error.subject, error.faults, advice.strip()) from error
         assembly.model.eval()
         self._assembly = assembly
         return self
+
+    def check_base(self, found: Mapping[str, Mapping[str, str]]) -> None:
+        """Refuse frozen models that are not those the run was trained on: its weights mean nothing to others.
+
+        :param found: source and SHA-256 by role, as in :class:`~lavintk.models.build.Assembly`.
+        :raises RunError: with both hashes of each model that differs.
+        """
+        nothing = {"source": "none", "sha256": "none"}
+        changed = []
+        for role, before in self.manifest.get("base", {}).items():
+            now = found.get(role, nothing)
+            if now["sha256"] != before["sha256"]:
+                changed.append(
+                    f"  - {role}: trained on sha256 {before['sha256']} ({before['source']}),\n"
+                    f"    found sha256 {now['sha256']} ({now['source']})"
+                )
+        if changed:
+            raise RunError(
+                "\n".join([f"{self.folder} was trained on other weights than its recipe now leads to:", *changed])
+                + f"\nPut the old model back, or name its place in {self.folder / RECIPE} (model.language, "
+                f"model.vision). Were the same weights only stored anew, delete 'base' from {self.folder / MANIFEST}."
+            )
 
     def use(self, assembly: Assembly) -> None:
         """Take over a model that is already in memory."""
@@ -146,8 +203,11 @@ class Run:
     ) -> EvaluationResult:
         """Score the trained model; without arguments, on the recipe's test data.
 
-        :raises RunError: neither ``data`` nor the recipe names records to answer.
+        :raises RunError: neither ``data`` nor the recipe names records to answer, or a number is below 1.
         """
+        for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+            if number is not None and number < 1:
+                raise RunError(f"{name} must be at least 1, got {number}")
         settings = self.recipe.evaluation
         chosen = Choice.parse(data) if isinstance(data, str) else data or self.recipe.data.test
         if chosen is None:
@@ -170,6 +230,16 @@ def load(folder: str | os.PathLike[str], *, device: str | None = None) -> Run:
     return Run.open(Path(folder)).load(device)
 
 
+def _about_folder_in_use(folder: Path) -> str:
+    from lavintk.checkpoints import checkpoints
+
+    if not all((folder / name).is_file() for name in (RECIPE, MANIFEST)):
+        return f"{folder} exists and is not empty; choose another --out."
+    if checkpoints(folder):
+        return f"{folder} holds a run already; choose another --out, or go on with: lavintk train --resume {folder}"
+    return f"{folder} holds a run that has no checkpoint to go on from; delete it, or choose another --out."
+
+
 def load_records(choice: Choice, split: str) -> list[Record]:
     """Read the records that ``choice`` names.
 
@@ -183,12 +253,20 @@ def load_records(choice: Choice, split: str) -> list[Record]:
 def evaluate(
     assembly: Assembly, records: list[Record], evaluation: Choice, *, max_new_tokens: int, batch_size: int
 ) -> EvaluationResult:
-    """Score a loaded model on records."""
+    """Score a loaded model on records.
+
+    :raises OutOfMemoryError: the batch is too large for the device.
+    """
     from lavintk.answer import Answerer
+    from lavintk.devices import enough_memory
     from lavintk.plugins import installed_plugins
 
+    def advice() -> str:
+        return f"Lower the evaluation's batch_size (now {batch_size}) or max_new_tokens (now {max_new_tokens})."
+
     scorer = installed_plugins().evaluations.create(evaluation)
-    return scorer.evaluate(Answerer(assembly, batch_size), records, max_new_tokens=max_new_tokens)
+    with enough_memory(assembly.model.device, "while answering", advice):
+        return scorer.evaluate(Answerer(assembly, batch_size), records, max_new_tokens=max_new_tokens)
 
 
 def versions() -> Mapping[str, str]:

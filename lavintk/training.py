@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -22,11 +23,12 @@ from rich.console import Console
 from lavintk.checkpoints import (
     TrainingState,
     checkpoints,
+    how_to_go_on,
     load_checkpoint,
     load_weights,
     prune,
     save_checkpoint,
-    save_weights,
+    save_model,
 )
 from lavintk.contracts import RunInfo, StepInfo
 from lavintk.data.batch import Batch
@@ -34,8 +36,8 @@ from lavintk.data.batches import BatchLoader, ImageCache, make_batches
 from lavintk.data.images import check_images
 from lavintk.data.records import Record
 from lavintk.data.tokenize import TokenizedRecord, tokenize_all
-from lavintk.devices import describe, peak_memory, pick_device, pick_precision
-from lavintk.errors import LavintkError, OutOfMemoryError, RunError, TrainingError
+from lavintk.devices import describe, enough_memory, peak_memory, pick_device, pick_precision
+from lavintk.errors import DataError, LavintkError, OutOfMemoryError, RunError, TrainingError
 from lavintk.evaluate import mean_loss
 from lavintk.models.build import Assembly, build
 from lavintk.models.multimodal import count_parameters
@@ -43,8 +45,11 @@ from lavintk.plugins import Plugins, installed_plugins
 from lavintk.recipe import Recipe, make_recipe, read_recipe
 from lavintk.registry import Choice
 from lavintk.report import TrainingDisplay, duration, loading_bar, scores_table
-from lavintk.run import METRICS, MODEL, Run, evaluate, load_records
+from lavintk.run import CHECKPOINTS, METRICS, PREDICTIONS, RECIPE, Run, evaluate, load_records
 from lavintk.schedule import decay_groups, learning_rate
+
+SETTLED = ("model.tap_every", "model.neck", "quant", "adapter", "optim")
+"""Settings that a run keeps to its end: what is in its checkpoints means nothing under others."""
 
 
 def train(
@@ -59,7 +64,8 @@ def train(
     :param recipe: a recipe, its raw content, a shipped name or a YAML file.
     :param out: the run's folder; by default ``runs/<time>-<recipe>``. It must not exist unless ``resume`` is set.
     :param resume: go on from the newest checkpoint in ``out``.
-    :raises LavintkError: with what is safe on disk in the message.
+    :raises LavintkError: before the first step, what is wrong; a new run then leaves no folder behind.
+    :raises TrainingError: after it, with what is safe on disk in the message.
     """
     if isinstance(recipe, str):
         recipe = read_recipe(recipe)
@@ -76,11 +82,27 @@ def train(
         status = trainer.fit()
         if status != "interrupted":
             trainer.evaluate("after", resume)
-    except BaseException:
-        trainer.close("failed")
+    except (LavintkError, OSError) as error:
+        trainer.keep_if_sound()
+        if safe := trainer.abandon("failed", resume):
+            kind = OutOfMemoryError if isinstance(error, OutOfMemoryError) else TrainingError
+            raise kind(f"{error}\n{safe}") from error
+        raise
+    except BaseException as error:  # a bug, or Ctrl-C twice, perhaps within a step
+        safe = trainer.abandon("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", resume)
+        if safe:
+            trainer.console.print(safe, markup=False, highlight=False, soft_wrap=True)
         raise
     trainer.close(status)
     return run
+
+
+def _settings(recipe: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every section and setting of a dumped recipe by its dotted key."""
+    for key, value in recipe.items():
+        yield prefix + key, value
+        if isinstance(value, Mapping):
+            yield from _settings(value, f"{prefix}{key}.")
 
 
 def default_folder(recipe: Recipe) -> Path:
@@ -91,25 +113,33 @@ def default_folder(recipe: Recipe) -> Path:
 class Trainer:
     """The stages of a run."""
 
+    device: torch.device
+    dtype: torch.dtype
+    scaler: torch.amp.GradScaler
     assembly: Assembly
     optimizer: torch.optim.Optimizer
     read_image: ImageCache | None
     rows: list[TokenizedRecord]
     validation: list[TokenizedRecord]
+    test: list[Record]
 
     def __init__(self, run: Run, plugins: Plugins, console: Console) -> None:
         self.run, self.recipe, self.plugins, self.console = run, run.recipe, plugins, console
-        settings = self.recipe.train
-        self.device = pick_device(settings.device)
-        self.dtype = pick_precision(settings.precision, self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.state = TrainingState()
         self.info: RunInfo | None = None
+        self._facts: dict[str, Any] = {}
+        self._saved_step = 0
 
     # -- before training -------------------------------------------------------------------------------------------
 
     def prepare(self, resume: bool) -> None:
-        """Read the records, load the model, make the optimizer; with ``resume`` put everything back."""
+        """Read the records, load the model, make the optimizer; with ``resume`` put everything back.
+
+        The manifest changes only when all of that has gone well.
+        """
+        self._choose_device()
+        if resume:
+            self._check_resumable()
         records = self._read_records()
         self._load_model()
         self._tokenize(*records)
@@ -122,6 +152,7 @@ class Trainer:
         self.run.record(
             status="running", device=describe(self.device), precision=str(self.dtype).removeprefix("torch."),
             base=self.assembly.base, trainable_parameters=trainable, total_steps=self.total_steps,
+            recipe=self.recipe.dump(), **self._facts,
         )  # fmt: skip
         self._call("lavintk_run_started")
 
@@ -133,7 +164,7 @@ class Trainer:
             return
         started = time.monotonic()
         result = evaluate(
-            self.assembly, load_records(data.test, data.test_split), settings.name,
+            self.assembly, self.test, settings.name,
             max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size,
         )  # fmt: skip
         scores = result.scores
@@ -141,25 +172,39 @@ class Trainer:
         figures["questions"] = int(scores["questions"])
         kept = {**kept, **figures}
         self.run.record(evaluation=kept)
-        _write_lines(self.run.folder / f"predictions_{when}.jsonl", [vars(p) for p in result.predictions])
+        _write_lines(self.run.folder / PREDICTIONS.format(when), [vars(p) for p in result.predictions])
         self.console.print(
             f"{when} training: {scores.get('accuracy', 0):.1%} of {len(result.predictions)} questions right "
             f"({duration(time.monotonic() - started)})"
         )
         self._call("lavintk_evaluation_finished", step=self.state.step, name=settings.name.name, scores=scores)
 
+    def _choose_device(self) -> None:
+        settings = self.recipe.train
+        self.device = pick_device(settings.device)
+        self.dtype = pick_precision(settings.precision, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
     def _read_records(self) -> tuple[list[Record], list[Record]]:
         data = self.recipe.data
         records = load_records(data.train, data.split)
         validation = [] if data.validation is None else load_records(data.validation, data.validation_split)
-        check_images([*records, *validation])
-        self.run.record(data={"records": len(records), "sha256": fingerprint(records)})
+        self.test = [] if data.test is None else load_records(data.test, data.test_split)  # not after hours of training
+        everything = [*records, *validation, *self.test]
+        if self.recipe.model.vision is None:
+            _refuse_images(everything)
+        check_images(everything)
+        self._facts["data"] = {"records": len(records), "sha256": fingerprint(records)}
+        if self.run.manifest.get("data", self._facts["data"]) != self._facts["data"]:
+            self.console.print("note: the training records are not those that the run began with")
         return records, validation
 
     def _load_model(self) -> None:
         started = time.monotonic()
         with loading_bar(self.console, f"loading {self.recipe.model.language}") as progress:
-            self.assembly = build(self.recipe, self.plugins, self.device, self.dtype, cast("Any", progress))
+            self.assembly = build(
+                self.recipe, self.plugins, self.device, self.dtype, cast("Any", progress), self.run.check_base
+            )
         model, images = self.assembly.model, self.assembly.images
         self.read_image = None if images is None else ImageCache(images)
         setting = self.recipe.train.checkpointing
@@ -181,7 +226,7 @@ class Trainer:
             self.validation, _ = tokenize_all(
                 validation, self.assembly.template, data.max_length, too_long=data.too_long
             )
-        self.run.record(tokens=vars(report))
+        self._facts["tokens"] = vars(report)
         self.console.print(report)
 
     def _make_optimizer(self) -> None:
@@ -192,11 +237,21 @@ class Trainer:
         groups = decay_groups(self.assembly.model.trainable(), settings.weight_decay)
         self.optimizer = optimizer.build(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
 
+    def _check_resumable(self) -> None:
+        if not checkpoints(self.run.folder):
+            raise RunError(how_to_go_on(self.run.folder))
+        before, now = (dict(_settings(recipe)) for recipe in (self.run.manifest.get("recipe", {}), self.recipe.dump()))
+        changed = [f"{k} was {before[k]!r}, is {now[k]!r}" for k in SETTLED if before.get(k, now[k]) != now[k]]
+        if changed:
+            raise RunError(
+                f"{self.run.folder / RECIPE} was changed in what a run cannot change on its way: {'; '.join(changed)}. "
+                "Change it back to go on, or start anew with another --out."
+            )
+
     def _resume(self) -> None:
-        saved = checkpoints(self.run.folder)
-        if not saved:
-            raise RunError(f"{self.run.folder} holds no checkpoint to go on from; start it anew")
-        self.state = load_checkpoint(saved[-1], self.assembly.model, self.optimizer, self.scaler)
+        newest = checkpoints(self.run.folder)[-1]
+        self.state = load_checkpoint(newest, self.assembly.model, self.optimizer, self.scaler)
+        self._saved_step = self.state.step
         self.console.print(f"resuming after step {self.state.step} of {self.total_steps}")
 
     # -- training --------------------------------------------------------------------------------------------------
@@ -219,13 +274,10 @@ class Trainer:
         status = "finished"
         started = time.monotonic() - self.state.seconds
         display = TrainingDisplay(self.console, self.total_steps, self.state.step)
-        with interruptible() as interrupted, display:
+        notice = "stopping after this step; Ctrl-C once more stops at once, without saving it"
+        with interruptible(lambda: display.say(notice)) as interrupted, display:
             for window in self.windows():
-                try:
-                    info = self.step(window, started)
-                except LavintkError:
-                    self._save_if_sound()
-                    raise
+                info = self.step(window, started)
                 display.update(info)
                 self._log(info)
                 last = self.state.step == self.total_steps
@@ -276,12 +328,15 @@ class Trainer:
         labelled = sum(batch.labelled for batch in window)
         losses = self._backward(window, labelled)
         loss = float(torch.stack(losses).sum())
-        if not torch.isfinite(torch.tensor(loss)):
-            raise TrainingError(self._not_finite(window, losses))
+        if not math.isfinite(loss):
+            guilty = [batch for batch, part in zip(window, losses) if not bool(torch.isfinite(part))]
+            raise TrainingError(self._not_finite("loss", loss, guilty or window))
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(
             list(self.assembly.model.trainable().values()), settings.clip or float("inf")
         )
+        if not self.scaler.is_enabled() and not torch.isfinite(norm):  # the scaler leaves such a step out by itself
+            raise TrainingError(self._not_finite("gradient's norm", float(norm), window))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -297,14 +352,11 @@ class Trainer:
 
     def _backward(self, window: list[Batch], labelled: int) -> list[torch.Tensor]:
         losses = []
-        try:
+        with enough_memory(self.device, f"in step {self.state.step + 1}", lambda: self._what_to_lower(window)):
             for batch in window:
                 loss = self.assembly.model.loss_sum(batch.to(self.device)) / labelled
                 self.scaler.scale(loss).backward()
                 losses.append(loss.detach())
-        except torch.cuda.OutOfMemoryError as error:
-            self.optimizer.zero_grad(set_to_none=True)
-            raise OutOfMemoryError(self._out_of_memory(window)) from error
         return losses
 
     # -- what surrounds a step -------------------------------------------------------------------------------------
@@ -317,8 +369,10 @@ class Trainer:
         if not self.validation:
             return
         settings = self.recipe.train
-        plan = make_batches(self.validation, batch_size=settings.batch_size, seed=0, epoch=0, shuffle=False)
-        loss = mean_loss(self.assembly.model, BatchLoader(self.validation, plan, self.read_image))
+        size = settings.batch_size
+        plan = make_batches(self.validation, batch_size=size, seed=0, epoch=0, shuffle=False)
+        with enough_memory(self.device, "in the validation", lambda: f"Lower train.batch_size (now {size})."):
+            loss = mean_loss(self.assembly.model, BatchLoader(self.validation, plan, self.read_image))
         better = loss < self.state.best_loss
         if better:
             self.state.best_loss, self.state.best_step, self.state.stale = loss, self.state.step, 0
@@ -335,17 +389,22 @@ class Trainer:
             self._call("lavintk_step_finished", step=info)
 
     def _save(self) -> None:
+        self._saved_step = self.state.step  # or tried to: what failed once is not tried again
         folder = save_checkpoint(
             self.run.folder, self.assembly.model, self.recipe.model.language, self.optimizer, self.scaler, self.state
         )
         prune(self.run.folder, self.recipe.train.keep, self.state.best_step)
         self._call("lavintk_checkpoint_saved", step=self.state.step, folder=str(folder))
 
-    def _save_if_sound(self) -> None:
-        """Keep what has been learned before a fault, unless the weights themselves are broken."""
+    def keep_if_sound(self) -> None:
+        """Save what has been learned before a fault, unless the weights themselves are broken."""
+        if self.state.step == self._saved_step:
+            return
+        self.optimizer.zero_grad(set_to_none=True)  # makes room on a device that ran out of memory
         parameters = self.assembly.model.trainable().values()
-        if self.state.step and all(bool(torch.isfinite(p).all()) for p in parameters):
-            self._save()
+        if all(bool(torch.isfinite(p).all()) for p in parameters):
+            with suppress(LavintkError, OSError):  # the first fault is the one to show
+                self._save()
 
     def _end(self, status: str) -> None:
         """Put the best weights in place, or the last ones where nothing was validated."""
@@ -353,8 +412,8 @@ class Trainer:
         if status == "interrupted":
             self.console.print(f"interrupted after step {self.state.step}; go on with: lavintk train --resume {folder}")
         if self.state.best_step and status != "interrupted":
-            load_weights(model, folder / "checkpoints" / f"step-{self.state.best_step:06d}")
-        save_weights(model, folder / MODEL, self.recipe.model.language)
+            load_weights(model, folder / CHECKPOINTS / f"step-{self.state.best_step:06d}")
+        save_model(folder, model, self.recipe.model.language)
         self.run.record(
             steps=self.state.step, best_step=self.state.best_step or None, peak_memory_bytes=peak_memory(self.device),
             training_seconds=round(self.state.seconds, 1),
@@ -370,41 +429,50 @@ class Trainer:
         if status in ("finished", "stopped early") and evaluation:
             self.console.print(summary(evaluation, self.recipe.data.test))
 
+    def abandon(self, status: str, resumed: bool) -> str:
+        """End a run that cannot go on; return what is safe and how to go on, or nothing if it took no step.
+
+        A new run that took no step leaves no folder, so that its command can be repeated as it is.
+        """
+        if self.info is not None:
+            with suppress(LavintkError, OSError):  # the first fault is the one to show
+                self.close(status)
+        if not resumed and not self.state.step:
+            self.run.discard()
+        return how_to_go_on(self.run.folder) if self.state.step else ""
+
     def _call(self, hook: str, **arguments: Any) -> None:
         self.plugins.call(hook, run=self.info, **arguments)
 
-    def _not_finite(self, window: list[Batch], losses: list[torch.Tensor]) -> str:
-        guilty = [b for b, loss in zip(window, losses) if not bool(torch.isfinite(loss))]
+    def _not_finite(self, what: str, value: float, guilty: list[Batch]) -> str:
         ids = [name for batch in guilty for name in batch.record_ids]
+        shown = f"{', '.join(ids[:20])}{f' and {len(ids) - 20} more' if len(ids) > 20 else ''}"
+        wider = " or use train.precision=bf16" if self.dtype == torch.float16 else ""
         return (
-            f"the loss became {float(torch.stack(losses).sum())} in step {self.state.step + 1}, with the records "
-            f"{', '.join(ids[:20])}{' ...' if len(ids) > 20 else ''}. Nothing of this step was applied; the newest "
-            f"checkpoint is {self._newest()}. Look at these records with `lavintk data preview`, or lower train.lr "
-            f"({self.recipe.train.lr:g}) or use train.precision=bf16."
+            f"the {what} became {value} in step {self.state.step + 1}, with the records {shown}. Nothing of this step "
+            f"was applied. Look at these records with `lavintk data preview`, or lower train.lr "
+            f"({self.recipe.train.lr:g}){wider}{self._in_which_file()}."
         )
 
-    def _out_of_memory(self, window: list[Batch]) -> str:
+    def _what_to_lower(self, window: list[Batch]) -> str:
         settings = self.recipe.train
-        total = torch.cuda.get_device_properties(self.device).total_memory / 2**30
         longest = max(max(batch.lengths) for batch in window)
         advice = [f"train.batch_size (now {settings.batch_size})"] if settings.batch_size > 1 else []
         advice.append(f"data.max_length (now {self.recipe.data.max_length}; this row has {longest} tokens)")
-        if not self.assembly.model.checkpointing:
-            advice.insert(0, "set train.checkpointing=true")
-        return (
-            f"{describe(self.device)} ran out of memory in step {self.state.step + 1}: "
-            f"{peak_memory(self.device) / 2**30:.2f} GiB allocated at peak of {total:.1f} GiB. "
-            f"Lower {', or '.join(advice)}. The newest checkpoint is {self._newest()}."
-        )
+        first = "" if self.assembly.model.checkpointing else "Set train.checkpointing=true. "
+        return f"{first}Lower {', or '.join(advice)}{self._in_which_file()}."
 
-    def _newest(self) -> str:
-        saved = checkpoints(self.run.folder)
-        return str(saved[-1]) if saved else "none (no step was finished)"
+    def _in_which_file(self) -> str:
+        """Say where a run that goes on takes its settings from; one that took no step can be given others."""
+        return f"; to go on, in {self.run.folder / RECIPE}" if self.state.step else ""
 
 
 @contextmanager
-def interruptible() -> Iterator[Any]:
-    """Yield a function that tells whether Ctrl-C was pressed; pressing it again stops at once."""
+def interruptible(notify: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells whether Ctrl-C was pressed; pressing it again stops at once.
+
+    :param notify: called at the first press.
+    """
     pressed = False
 
     def remember(number: int, frame: object) -> None:
@@ -412,6 +480,8 @@ def interruptible() -> Iterator[Any]:
         if pressed:
             raise KeyboardInterrupt
         pressed = True
+        with suppress(RuntimeError):  # a stream that was just being written to
+            notify()
 
     try:
         before = signal.signal(signal.SIGINT, remember)
@@ -422,6 +492,14 @@ def interruptible() -> Iterator[Any]:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _refuse_images(records: list[Record]) -> None:
+    """Refuse records with images where nothing could look at them."""
+    ids = [record.id for record in records if record.images]
+    if ids:
+        fault = f"{len(ids)} of {len(records)} records have an image (the first is {ids[0]!r}), and no model sees them"
+        raise DataError("the data", [fault], "Name a vision tower with --vision (model.vision), or leave them out.")
 
 
 def fingerprint(records: list[Record]) -> str:

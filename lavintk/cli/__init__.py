@@ -59,6 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, a file that may not be read
+        if debug:
+            raise
+        click.echo(f"{click.style('Error:', fg='red', bold=True)} {error} (--debug shows where)", err=True)
+        return 1
     return result if isinstance(result, int) else 0
 
 

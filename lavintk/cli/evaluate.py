@@ -30,8 +30,11 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Score the trained model of RUN."""
+    from lavintk.errors import RunError
     from lavintk.run import load
 
+    if predictions is not None and not predictions.absolute().parent.is_dir():
+        raise RunError(f"--predictions {predictions}: the folder {predictions.absolute().parent} does not exist")
     result = load(run, device=device).evaluate(
         data, split=split, evaluation=evaluation, max_new_tokens=max_new_tokens, batch_size=batch_size
     )

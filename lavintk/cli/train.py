@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+STOPPED = 130
+"""Exit code of a command that Ctrl-C ended."""
 DEMO = "demo"
 """Recipe that runs when neither a recipe nor a model nor data is named."""
 CUSTOM = {"name": "custom", "model": {}, "data": {}}
@@ -66,7 +68,7 @@ def train(
     assignments: tuple[str, ...],
     dry_run: bool,
     **flags: Any,
-) -> None:
+) -> int:
     """Train what RECIPE says: a shipped name (demo, lavin-7b-lite, ...) or a YAML file.
 
     Without a recipe, a model and data, the demo runs: it teaches a small language model to answer questions about
@@ -84,8 +86,7 @@ def train(
     if resume is not None:
         if recipe or out or overrides:
             raise RecipeError("--resume", ["a run goes on with its own recipe; leave out everything else"])
-        _run_resumed(resume, console)
-        return
+        return _run_resumed(resume, console)
     if recipe is None:
         named = flags["model"] or flags["data"]
         content: dict[str, Any] = CUSTOM if named else read_recipe(DEMO)
@@ -95,26 +96,26 @@ def train(
     resolved.check(installed_plugins())
     if dry_run:
         click.echo(resolved.to_yaml(), nl=False)
-        return
+        return 0
     from lavintk.training import train as run_training
 
     run = run_training(resolved, out, console=console)
-    show_next_steps(run.folder, run.manifest["status"], console)
+    return show_next_steps(run.folder, run.manifest["status"], console)
 
 
-def _run_resumed(folder: Path, console: Any) -> None:
+def _run_resumed(folder: Path, console: Any) -> int:
     from lavintk.run import Run
     from lavintk.training import train as run_training
 
     run = run_training(Run.open(folder).recipe, folder, resume=True, console=console)
-    show_next_steps(run.folder, run.manifest["status"], console)
+    return show_next_steps(run.folder, run.manifest["status"], console)
 
 
-def show_next_steps(folder: Path, status: str, console: Any) -> None:
-    """Say where the run lies and what to do with it."""
+def show_next_steps(folder: Path, status: str, console: Any) -> int:
+    """Say where the run lies and what to do with it; return the exit code."""
     console.print(f"\nrun: {folder} ({status})", highlight=False)
     if status == "interrupted":
-        return
+        return STOPPED
     console.print(
         f"  lavintk eval {folder}                    score it again, or on other data with --data\n"
         f"  tensorboard --logdir {folder}            look at the curves\n"
@@ -122,3 +123,4 @@ def show_next_steps(folder: Path, status: str, console: Any) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    return 0

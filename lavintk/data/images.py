@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ MAX_PIXELS = 100_000_000
 BICUBIC = 3
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """What LaVIN normalises with."""
+ADVICE = "Replace these images, or leave their records out."
 Resize = Literal["squash", "crop"]
 Triple = tuple[float, float, float]
 
@@ -66,7 +68,10 @@ class ImageProcessor:
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise ModelError(f"{folder} has no preprocessor_config.json, which says how to scale images") from error
+            raise ModelError(
+                f"{folder} has no preprocessor_config.json, which says how to scale images: copy the one that came "
+                "with the weights into it"
+            ) from error
         except ValueError as error:
             raise ModelError(f"{path} is not valid JSON: {error}") from error
         return cls(**_read_config(path, config, resize), max_pixels=max_pixels)
@@ -117,7 +122,7 @@ def decode(
         with _open(source, max_pixels) as image:
             return _rgb(ImageOps.exif_transpose(image), transparency)
     except Exception as error:  # Pillow's readers raise almost anything on a damaged file
-        raise DataError("the images", [_fault(source, record_id, error)]) from error
+        raise DataError("the image data", [_fault(source, record_id, error)], ADVICE) from error
 
 
 def image_size(source: ImageSource, record_id: str = "", *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -129,7 +134,7 @@ def image_size(source: ImageSource, record_id: str = "", *, max_pixels: int = MA
         with _open(source, max_pixels) as image:
             return image.size
     except Exception as error:  # as in decode
-        raise DataError("the images", [_fault(source, record_id, error)]) from error
+        raise DataError("the image data", [_fault(source, record_id, error)], ADVICE) from error
 
 
 def check_images(records: Iterable[Record], max_pixels: int = MAX_PIXELS) -> int:
@@ -152,7 +157,7 @@ def check_images(records: Iterable[Record], max_pixels: int = MAX_PIXELS) -> int
     with ThreadPoolExecutor(8) as pool:  # headers of cold files wait for the disk
         faults = [fault for found in pool.map(check, owners.items()) for fault in found]
     if faults:
-        raise DataError("the images", faults)
+        raise DataError("the image data", faults, ADVICE)
     return len(owners)
 
 
@@ -162,7 +167,12 @@ def _open(source: ImageSource, max_pixels: int) -> Image:
 
     # Pillow warns of large images by a limit of its own; ours is checked here, before anything is decoded.
     PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS or 0, max_pixels)
-    image = PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    try:
+        image = PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except PIL.Image.DecompressionBombError as error:  # from twice Pillow's limit on it refuses by itself
+        found = re.search(r"\d{7,}", str(error))
+        size = f"{int(found[0]) / 1e6:,.0f} million pixels" if found else "its pixels"
+        raise ValueError(f"{size} are more than the {max_pixels / 1e6:g} million allowed; scale it down") from error
     if image.width * image.height > max_pixels:
         image.close()
         size = f"{image.width} x {image.height} pixels"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,18 @@ import torch
 
 from lavintk.data.images import ImageProcessor
 from lavintk.data.template import Template, make_template
+from lavintk.devices import enough_memory
 from lavintk.models.catalog import locate
 from lavintk.models.connector import TapNeck
-from lavintk.models.language import Progress, load_language_model, load_vision_model
+from lavintk.models.language import (
+    Progress,
+    language_config,
+    load_language_model,
+    load_vision_model,
+    vision_config,
+)
 from lavintk.models.multimodal import MultimodalModel
-from lavintk.models.sources import open_source
+from lavintk.models.sources import WeightSource, open_source
 from lavintk.models.tokenizer import check_vocabulary, load_tokenizer
 from lavintk.models.vision import VisionTower
 from lavintk.plugins import Plugins
@@ -43,34 +51,51 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress | None = None,
+    check_base: Callable[[Mapping[str, Mapping[str, str]]], None] | None = None,
 ) -> Assembly:
     """Load the frozen models, quantize, join them and attach the recipe's adapter, untrained.
 
+    :param check_base: called with the fingerprints by role before any weights are read; what it raises ends the work.
     :raises LavintkError: weights, tokenizer or options do not fit; nothing is left on the device.
     """
     quantizer = plugins.quantizers.create(recipe.quant)
     adapter = plugins.adapters.create(recipe.adapter)
     torch.manual_seed(recipe.train.seed)  # the adapter's start must not depend on what was loaded before
-    place = locate(recipe.model.language)
-    source = open_source(place)
-    tokenizer = load_tokenizer(place)
-    check_vocabulary(tokenizer, source.config())
-    base = {"language": {"source": source.description, "sha256": source.fingerprint()}}
-    language: Any = load_language_model(source, quantizer, device=device, dtype=dtype, progress=progress)
-    tower, images = None, None
-    if recipe.model.vision is not None:
-        vision_place = locate(recipe.model.vision)
-        vision_source = open_source(vision_place)
-        base["vision"] = {"source": vision_source.description, "sha256": vision_source.fingerprint()}
-        vision = load_vision_model(vision_source, device=device, dtype=dtype)
-        tower = VisionTower(vision, recipe.model.tap_every)
-        images = ImageProcessor.from_folder(vision_place, resize=recipe.data.resize)
-    connector = None
-    if tower is not None:
-        connector = TapNeck(tower.width, recipe.model.neck, language.config.hidden_size).to(device)
-    model = MultimodalModel(language, tower, connector)
-    model.attach(adapter)
+    sources, tokenizer, images = _open(recipe)
+    base = {role: {"source": s.description, "sha256": s.fingerprint()} for role, s in sources.items()}
+    if check_base is not None:
+        check_base(base)
+
+    def advice() -> str:
+        return f"Quantize it to fewer bits (quant is {recipe.quant}), take a smaller one, or free the device."
+
+    with enough_memory(device, "while loading the model", advice):
+        language: Any = load_language_model(
+            sources["language"], quantizer, device=device, dtype=dtype, progress=progress
+        )
+        tower, connector = None, None
+        if "vision" in sources:
+            vision = load_vision_model(sources["vision"], device=device, dtype=dtype)
+            tower = VisionTower(vision, recipe.model.tap_every)
+            connector = TapNeck(tower.width, recipe.model.neck, language.config.hidden_size).to(device)
+        model = MultimodalModel(language, tower, connector)
+        model.attach(adapter)
     template = make_template(
         tokenizer, recipe.data.template, system=recipe.data.system, visual_tokens=model.visual_tokens
     )
     return Assembly(model, tokenizer, template, images, base)
+
+
+def _open(recipe: Recipe) -> tuple[dict[str, WeightSource], PreTrainedTokenizerBase, ImageProcessor | None]:
+    """Open what the recipe names and find all that is wrong with it that shows without reading the weights."""
+    place = locate(recipe.model.language)
+    sources = {"language": open_source(place)}
+    config = language_config(sources["language"])
+    tokenizer = load_tokenizer(place)
+    check_vocabulary(tokenizer, config)
+    if recipe.model.vision is None:
+        return sources, tokenizer, None
+    place = locate(recipe.model.vision)
+    sources["vision"] = open_source(place)
+    vision_config(sources["vision"])
+    return sources, tokenizer, ImageProcessor.from_folder(place, resize=recipe.data.resize)

@@ -7,7 +7,9 @@ layer of the stack, and forgotten; so neither host nor device ever holds the 16-
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
@@ -53,8 +55,7 @@ def load_language_model(
     """
     from transformers import AutoModelForCausalLM
 
-    config = source.config()
-    _require_decoder(config, source.description)
+    config = language_config(source)
     config._attn_implementation = IMPLEMENTATION
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -82,13 +83,7 @@ def load_vision_model(
     """
     from transformers import AutoModel
 
-    config = source.config()
-    config = getattr(config, "vision_config", config)
-    if config.model_type not in VISION_TYPES:
-        raise ModelError(
-            f"{source.description} holds a {config.model_type!r}, not a vision tower; "
-            f"lavintk takes CLIP and SigLIP ({', '.join(VISION_TYPES)})"
-        )
+    config = vision_config(source)
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         model = AutoModel.from_config(config, dtype=dtype)
@@ -157,26 +152,50 @@ def fill(
     check_names(source, expected, ignore)  # type: ignore[arg-type]
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(stack)}
     total, done = source.nbytes(), 0
+    present = set(source.names())
+    waiting: dict[str, Tensor] = {}  # biases, which come before their weights
     # layer by layer, so that what has been read is soon complete and a progress bar moves evenly
-    for name in sorted((n for n in expected if n in set(source.names())), key=_in_order):
+    names = sorted((name for name in expected if name in present), key=_in_order)
+    for name, tensor in read_ahead(source, names, dtype):
         module_name, _, leaf = name.rpartition(".")
-        if module_name in linears:
-            if leaf == "weight":
-                has_bias = linears[module_name].bias is not None
-                bias = _read(source, f"{module_name}.bias", device, dtype) if has_bias else None
-                weight = _read(source, name, device, dtype)
-                _put(model, module_name, quantizer.quantize(weight, bias))
-                del weight
+        tensor = tensor.to(device)
+        if module_name not in linears:
+            setattr(model.get_submodule(module_name), leaf, nn.Parameter(tensor, requires_grad=False))
+        elif leaf == "bias":
+            waiting[module_name] = tensor
         else:
-            parameter = nn.Parameter(_read(source, name, device, dtype), requires_grad=False)
-            setattr(model.get_submodule(module_name), leaf, parameter)
+            _put(model, module_name, quantizer.quantize(tensor, waiting.pop(module_name, None)))
+        del tensor
         done += source.tensor_nbytes(name)
         if progress is not None:
             progress(done, total)
 
 
-def _read(source: WeightSource | Prefixless, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return source.read(name).to(device=device, dtype=dtype)
+def read_ahead(
+    source: WeightSource | Prefixless, names: list[str], dtype: torch.dtype, ahead: int = 3
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield ``(name, tensor)`` in order, reading from disk while the caller quantizes.
+
+    Tensors are copied out of the mapped file and cast to ``dtype`` by the reading threads, so a slow disk and a busy
+    device do not wait for each other. At most ``ahead`` tensors are held besides the caller's.
+    """
+
+    def read(name: str) -> Tensor:
+        return source.read(name).to(dtype, copy=True)
+
+    pool = ThreadPoolExecutor(2, thread_name_prefix="lavintk-weights")
+    pending: deque[tuple[str, Future[Tensor]]] = deque()
+    try:
+        for name in names:
+            pending.append((name, pool.submit(read, name)))
+            if len(pending) >= ahead:
+                ready, future = pending.popleft()
+                yield ready, future.result()
+        while pending:
+            ready, future = pending.popleft()
+            yield ready, future.result()
+    finally:  # also when quantizing fails
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _put(model: nn.Module, name: str, layer: FrozenLinear) -> None:
@@ -189,15 +208,37 @@ def _in_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"\.", name)]
 
 
-def _require_decoder(config: PretrainedConfig, description: str) -> None:
-    if config.model_type in LANGUAGE_TYPES:
-        return
-    architectures = ", ".join(config.architectures or ["unknown"])
-    if not any("CausalLM" in a for a in config.architectures or []):
-        raise ModelError(
-            f"{description} holds a {config.model_type!r} ({architectures}), which is no causal language model; "
-            f"lavintk takes Llama-like decoders: {', '.join(LANGUAGE_TYPES)}"
-        )
+def language_config(source: WeightSource) -> PretrainedConfig:
+    """Return the configuration of a Llama-like decoder.
+
+    :raises ModelError: it is something else; says what.
+    """
+    config = source.config()
+    architectures = config.architectures or []
+    if config.model_type in LANGUAGE_TYPES or any("CausalLM" in name for name in architectures):
+        return config
+    tower = config.model_type in VISION_TYPES or hasattr(config, "vision_config")
+    raise ModelError(
+        f"{source.description} holds a {config.model_type!r} ({', '.join(architectures) or 'unknown'}), which is no "
+        f"Llama-like language model; lavintk takes {', '.join(LANGUAGE_TYPES)} and what is built like them."
+        + (" A vision tower is named with --vision (model.vision)." if tower else "")
+    )
+
+
+def vision_config(source: WeightSource) -> PretrainedConfig:
+    """Return the configuration of a CLIP-like vision tower, alone or out of a whole CLIP's.
+
+    :raises ModelError: it is something else; says what.
+    """
+    whole = source.config()
+    config: PretrainedConfig = getattr(whole, "vision_config", whole)
+    if config.model_type in VISION_TYPES:
+        return config
+    raise ModelError(
+        f"{source.description} holds a {config.model_type!r}, not a vision tower; lavintk takes CLIP and SigLIP "
+        f"({', '.join(VISION_TYPES)})."
+        + (" A language model is named with --model (model.language)." if config.model_type in LANGUAGE_TYPES else "")
+    )
 
 
 def _require_stack(model: nn.Module, description: str) -> None:

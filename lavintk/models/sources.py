@@ -219,9 +219,9 @@ class SafetensorsSource:
                 self.path, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # transformers validates with exceptions of many kinds
-            kind = _read_config(self.path).get("model_type")
+            kind, reason = _read_config(self.path).get("model_type"), str(error).partition("\n")[0]
             raise ModelError(
-                f"transformers cannot use config.json of {self.description} (model_type {kind!r}): {error}\n"
+                f"transformers cannot use config.json of {self.description} (model_type {kind!r}): {reason}\n"
                 "lavintk runs no code that comes with a model; it needs one that transformers knows."
             ) from error
         return config

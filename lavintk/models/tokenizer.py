@@ -81,7 +81,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
     if highest >= rows:
         raise ModelError(
             f"tokenizer and model do not belong together: the tokenizer goes up to id {highest} ({token!r}), "
-            f"the embedding has {rows} rows (ids 0 to {rows - 1})."
+            f"the embedding has {rows} rows (ids 0 to {rows - 1}). Use the tokenizer files that came with the weights."
         )
 
 
@@ -90,7 +90,10 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
         raise ModelError(f"no tokenizer at {folder}: there is no such file or folder")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise ModelError(f"{folder} holds no tokenizer (no tokenizer.json). Found: {found}")
+        raise ModelError(
+            f"{folder} holds no tokenizer (no tokenizer.json). Found: {found}. "
+            "Copy the tokenizer files that came with the weights beside them."
+        )
     return _auto_tokenizer(folder)
 
 

@@ -28,7 +28,7 @@ class VisionTower(nn.Module):
         self.model: Any = model  # transformers' towers share a structure, but no type that says so
         depth = len(self.blocks)
         if not 1 <= tap_every <= depth:
-            raise ModelError(f"tap_every must lie between 1 and the tower's {depth} blocks, got {tap_every}")
+            raise ModelError(f"model.tap_every must lie between 1 and the tower's {depth} blocks, got {tap_every}")
         self.taps = tuple(range(tap_every, depth + 1, tap_every))
 
     @property

@@ -1,0 +1,7 @@
+"""``python -m lavintk`` is ``lavintk``."""
+
+import sys
+
+from lavintk.cli import main
+
+sys.exit(main())
