@@ -65,9 +65,9 @@ def lavintk_register_adapters(registry: Registry[Adapter]) -> None:
 
 @hookspec
 def lavintk_register_exporters(registry: Registry[Exporter]) -> None:
-    """Offer exporters under the names that ``lavintk export --format`` accepts.
+    """Offer exporters by name.
 
-    Called once, before a command runs.
+    Called once, before a command runs. No command of lavintk uses them yet.
 
     :param registry: call ``registry.add("onnx", make_exporter, options=OnnxOptions, summary="...")`` for each.
     """
@@ -115,7 +115,7 @@ def lavintk_run_started(run: RunInfo) -> None:
 
 @hookspec
 def lavintk_step_finished(run: RunInfo, step: StepInfo) -> None:
-    """An optimizer step is done. Called once per step, so be quick.
+    """An optimizer step is done. Called after every ``train.log_every``-th step and the last one, so be quick.
 
     :param run: the run.
     :param step: loss, learning rate, speed and memory of the step.

@@ -46,7 +46,7 @@ class TrainingDisplay:
             self._progress.update(self._task, completed=info.step, figures=figures)
         elif time.monotonic() - self._last_line >= LINE_SECONDS or info.step == self.total:
             self._last_line = time.monotonic()
-            self.console.print(f"step {info.step}/{self.total}  {figures}")
+            self.console.print(f"step {info.step}/{self.total}  {figures}", soft_wrap=True)
 
     def say(self, text: str) -> None:
         """Print a line that stays."""

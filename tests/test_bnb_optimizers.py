@@ -349,8 +349,9 @@ def test_paged_state_is_saved_as_ordinary_tensors(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["adamw", *NAMES])
+@pytest.mark.parametrize("name", ["adamw", *(name for name in NAMES if "ademamix" not in name)])
 def test_on_cuda_the_steps_are_those_of_a_cpu(name: str) -> None:
+    """Not AdEMAMix: bitsandbytes' CPU and CUDA versions of it take different steps (seen with 0.50.2)."""
     parameters, others = make_parameters("cuda"), make_parameters()
     start = values(others)
     train(parameters, build(name, parameters), 10)

@@ -443,8 +443,8 @@ def test_quantized_on_cuda_the_weight_is_nearly_that_of_a_cpu(scheme: Scheme) ->
     quantizer, weight = FourBitQuantizer(scheme), make_weight(512, 512)
     on_cpu, on_cuda = quantizer.quantize(weight, None), quantizer.quantize(weight.cuda(), None)
     assert on_cuda.codes.is_cuda
-    differing = on_cpu.codes != on_cuda.codes.cpu()
-    assert differing.float().mean().item() < 1e-3
+    if scheme == "nf4":  # FP4 has two codes for 0
+        assert (on_cpu.codes != on_cuda.codes.cpu()).float().mean().item() < 1e-3
     assert (on_cpu.dequantize() - on_cuda.dequantize().cpu()).abs().mean().item() < 1e-4
     codes, state = bnb_functional.quantize_4bit(weight.cuda(), compress_statistics=True, quant_type=scheme)
     assert torch.equal(on_cuda.dequantize(), bnb_functional.dequantize_4bit(codes, state))

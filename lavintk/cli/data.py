@@ -15,11 +15,11 @@ def data() -> None:
 @data.command()
 @click.argument("data")
 @click.option("--model", default="smollm2-135m-instruct", show_default=True, help="Whose tokenizer and template.")
-@click.option("--split", default="train", show_default=True)
-@click.option("--template", default="auto", show_default=True, help="auto, chat, lavin or a .jinja file.")
+@click.option("--split", default="train", show_default=True, help="Split of the data.")
+@click.option("--template", default="auto", show_default=True, help="auto, chat, plain, lavin or a .jinja file.")
 @click.option("--system", help="System message for conversations without one.")
 @click.option("--visual-tokens", default=6, show_default=True, help="Tokens per image.")
-@click.option("--max-length", default=512, show_default=True)
+@click.option("--max-length", default=512, show_default=True, help="Tokens per row; longer rows are left out.")
 @click.option("--count", default=3, show_default=True, help="Records to print.")
 def preview(
     data: str,

@@ -176,14 +176,14 @@ def read_ahead(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield ``(name, tensor)`` in order, reading from disk while the caller quantizes.
 
-    Tensors are copied out of the mapped file and cast to ``dtype`` by the reading threads, so a slow disk and a busy
-    device do not wait for each other. At most ``ahead`` tensors are held besides the caller's.
+    One thread reads, front to back, and casts to ``dtype``, so that a slow disk and a busy device do not wait for each
+    other. At most ``ahead`` tensors are held besides the caller's.
     """
 
     def read(name: str) -> Tensor:
-        return source.read(name).to(dtype, copy=True)
+        return source.read(name).to(dtype)
 
-    pool = ThreadPoolExecutor(2, thread_name_prefix="lavintk-weights")
+    pool = ThreadPoolExecutor(1, thread_name_prefix="lavintk-weights")
     pending: deque[tuple[str, Future[Tensor]]] = deque()
     try:
         for name in names:
