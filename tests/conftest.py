@@ -33,7 +33,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def own_surroundings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Give each test an empty cache directory and none of the developer's own settings."""
+    """Give each test an empty cache directory, the same random numbers and none of the developer's own settings."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
     monkeypatch.setenv("LAVINTK_CACHE", str(tmp_path_factory.mktemp("cache")))
     for name in ("LAVINTK_DISABLE", "LAVINTK_TRACE"):
         monkeypatch.delenv(name, raising=False)

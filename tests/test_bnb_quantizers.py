@@ -270,7 +270,7 @@ def test_product_and_gradient_are_those_of_the_dequantized_weight(
 def test_quantized_product_is_near_the_exact_one(quantizer: Any) -> None:
     weight, x = make_weight(64, 256), torch.randn(10, 256)
     exact, actual = F.linear(x, weight), quantizer.quantize(weight, None)(x)
-    limit = 0.01 if isinstance(quantizer, Int8Quantizer) else 0.13
+    limit = 0.01 if isinstance(quantizer, Int8Quantizer) else 0.15
     assert ((actual - exact).norm() / exact.norm()).item() < limit
 
 
