@@ -1,4 +1,4 @@
-"""Where weights come from: one interface over safetensors folders and GGUF files, read one tensor at a time.
+"""Where weights come from: one interface over folders and files of weights, read one tensor at a time.
 
 Names are those that Hugging Face's ``transformers`` gives to the parameters.
 """
@@ -76,8 +76,9 @@ class WeightSource(Protocol):
 def open_source(reference: str | Path, *, revision: str | None = None) -> WeightSource:
     """Open the weights that ``reference`` means, downloading them if need be.
 
-    :param reference: a folder with ``config.json`` and safetensors, a ``.gguf`` file, a name of the catalog,
-        or a hub id ``owner/name``.
+    :param reference: a folder with ``config.json`` and safetensors, Meta's folder with ``consolidated.*.pth`` and
+        ``params.json``, a ``.gguf`` file, a CLIP state dict of OpenAI's (``.pt``, ``.pth``, ``.safetensors``), a name
+        of the catalog, or a hub id ``owner/name``.
     :param revision: branch, tag or commit; only for hub ids.
     :raises ModelError: the reference means nothing that lavintk can read; says what was found.
     :raises CheckpointError: files are missing, truncated or contradict each other, all faults listed.
@@ -85,14 +86,21 @@ def open_source(reference: str | Path, *, revision: str | None = None) -> Weight
     """
     path = catalog.locate(reference, revision=revision)
     if path.is_dir():
-        return SafetensorsSource(path, catalog.describe(path))
-    if path.suffix.lower() == ".gguf":
+        from lavintk.models.meta_source import MetaSource, is_meta_folder
+
+        return (MetaSource if is_meta_folder(path) else SafetensorsSource)(path, catalog.describe(path))
+    kind = path.suffix.lower()
+    if kind == ".gguf":
         from lavintk.models.gguf_source import GGUFSource
 
         return GGUFSource(path, catalog.describe(path))
+    if kind in (".pt", ".pth", ".safetensors"):
+        from lavintk.models.clip_source import ClipSource
+
+        return ClipSource(path, catalog.describe(path))
     raise ModelError(
-        f"{path} is no model: lavintk reads .gguf files, or a folder with config.json and safetensors"
-        + (f". Name its folder instead: {path.parent}" if path.suffix == ".safetensors" else "")
+        f"{path} is no model: lavintk reads .gguf files, a folder with config.json and safetensors, or OpenAI's CLIP "
+        "as .pt, .pth or .safetensors"
     )
 
 
@@ -140,6 +148,8 @@ class StoredTensor:
     :param dtype: the file format's own name of the number type.
     :param shape: of the tensor as it is read.
     :param begin: offset of its first byte in ``file``.
+    :param nbytes: from the first to the last byte.
+    :param stride: of its axes in values, where they do not lie in order.
     """
 
     name: str
@@ -148,6 +158,7 @@ class StoredTensor:
     file: Path
     begin: int
     nbytes: int
+    stride: tuple[int, ...] | None = None
 
 
 def fingerprint(headers: Mapping[Path, int], tensors: Iterable[StoredTensor]) -> str:
@@ -198,42 +209,13 @@ def _read_at(file: BinaryIO, offset: int, length: int) -> bytes:
     return b"".join(parts)
 
 
-class SafetensorsSource:
-    """A folder with ``config.json`` and one safetensors file, or several with their index."""
+class FileSource:
+    """Tensors that lie in files, each at a place of its own; what folders and files of weights have in common."""
 
-    def __init__(self, folder: Path, description: str | None = None) -> None:
-        """Read the headers and check that the files are whole and agree with the index.
-
-        :raises ModelError: the folder holds no such model; says what is there.
-        :raises CheckpointError: files that are corrupt or truncated or do not fit the index, all listed.
-        """
-        self.path, self.description = folder, description or str(folder)
-        _read_config(folder)
+    def __init__(self, description: str) -> None:
+        self.description = description
         self._headers: dict[Path, int] = {}
         self._tensors: dict[str, StoredTensor] = {}
-        files, indexed = _listed_files(folder)
-        faults = []
-        for file in files:
-            faults += self._add_file(file)
-        faults += _index_faults(indexed, {name: tensor.file.name for name, tensor in self._tensors.items()}, files)
-        if faults:
-            raise CheckpointError(self.description, faults, "Download or copy the files again.")
-
-    def config(self) -> PretrainedConfig:
-        """Return the configuration in ``config.json``."""
-        from transformers import AutoConfig
-
-        try:
-            config: PretrainedConfig = AutoConfig.from_pretrained(
-                self.path, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # transformers validates with exceptions of many kinds
-            kind, reason = _read_config(self.path).get("model_type"), str(error).partition("\n")[0]
-            raise ModelError(
-                f"transformers cannot use config.json of {self.description} (model_type {kind!r}): {reason}\n"
-                "lavintk runs no code that comes with a model; it needs one that transformers knows."
-            ) from error
-        return config
 
     def names(self) -> list[str]:
         """Return the parameter names, as stored, in the order they lie on disk."""
@@ -261,7 +243,7 @@ class SafetensorsSource:
         """
         tensor = self._tensors[name]
         try:
-            return _read_tensor(tensor)
+            return read_tensor(tensor)
         except (OSError, EOFError) as error:
             raise CheckpointError(self.description, [f"{name} in {tensor.file.name}: {error}"]) from error
 
@@ -272,26 +254,76 @@ class SafetensorsSource:
     def close(self) -> None:
         """Do nothing: no file is held open."""
 
+
+class SafetensorsSource(FileSource):
+    """A folder with ``config.json`` and one safetensors file, or several with their index."""
+
+    def __init__(self, folder: Path, description: str | None = None) -> None:
+        """Read the headers and check that the files are whole and agree with the index.
+
+        :raises ModelError: the folder holds no such model; says what is there.
+        :raises CheckpointError: files that are corrupt or truncated or do not fit the index, all listed.
+        """
+        super().__init__(description or str(folder))
+        self.path = folder
+        _read_config(folder)
+        files, indexed = _listed_files(folder)
+        faults = []
+        for file in files:
+            faults += self._add_file(file)
+        faults += _index_faults(indexed, {name: tensor.file.name for name, tensor in self._tensors.items()}, files)
+        if faults:
+            raise CheckpointError(self.description, faults, "Download or copy the files again.")
+
+    def config(self) -> PretrainedConfig:
+        """Return the configuration in ``config.json``."""
+        from transformers import AutoConfig
+
+        try:
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                self.path, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # transformers validates with exceptions of many kinds
+            kind, reason = _read_config(self.path).get("model_type"), str(error).partition("\n")[0]
+            raise ModelError(
+                f"transformers cannot use config.json of {self.description} (model_type {kind!r}): {reason}\n"
+                "lavintk runs no code that comes with a model; it needs one that transformers knows."
+            ) from error
+        return config
+
     def _add_file(self, file: Path) -> list[str]:
         """Take in the header of one file; return its faults."""
-        fault = _file_fault(file)
-        if fault is not None:
-            return [f"{file.name} {fault}"]
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header: dict[str, Any] = json.loads(opened.read(length))
-        header.pop("__metadata__", None)
-        self._headers[file] = 8 + length
+        try:
+            length, tensors = read_header(file)
+        except CheckpointError as error:
+            return [f"{file.name} {fault}" for fault in error.faults]
+        self._headers[file] = length
         faults = [
             f"{name} lies in {self._tensors[name].file.name} and again in {file.name}"
-            for name in header
+            for name in tensors
             if name in self._tensors
         ]
-        for name, entry in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
-            begin, end = entry["data_offsets"]
-            shape = tuple(entry["shape"])
-            self._tensors[name] = StoredTensor(name, entry["dtype"], shape, file, 8 + length + begin, end - begin)
+        self._tensors |= tensors
         return faults
+
+
+def read_header(file: Path) -> tuple[int, dict[str, StoredTensor]]:
+    """Return the length of a safetensors file's header and its tensors in the order they lie on disk.
+
+    :raises CheckpointError: the file is corrupt or truncated; one fault.
+    """
+    fault = _file_fault(file)
+    if fault is not None:
+        raise CheckpointError(str(file), [fault])
+    with file.open("rb") as opened:
+        length = 8 + int.from_bytes(opened.read(8), "little")
+        header: dict[str, Any] = json.loads(opened.read(length - 8))
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
+        begin, end = entry["data_offsets"]
+        tensors[name] = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), file, length + begin, end - begin)
+    return length, tensors
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -445,17 +477,29 @@ def _promised_size(file: Path) -> int | None:
             return None
 
 
-def _read_tensor(tensor: StoredTensor) -> torch.Tensor:
-    """Read one tensor of a safetensors file into memory of its own.
+def read_tensor(tensor: StoredTensor) -> torch.Tensor:
+    """Read one tensor of a file into memory of its own.
 
     :raises EOFError: the file ends before the tensor does.
     """
     import torch
 
-    value = torch.empty(tensor.shape, dtype=getattr(torch, DTYPES[tensor.dtype]))
+    dtype = getattr(torch, DTYPES[tensor.dtype])
+    if tensor.stride is not None:
+        flat = torch.empty(tensor.nbytes // dtype.itemsize, dtype=dtype)
+        _read_into(flat, tensor)
+        return flat.as_strided(tensor.shape, tensor.stride).contiguous()
+    value = torch.empty(tensor.shape, dtype=dtype)
+    _read_into(value, tensor)
+    return value
+
+
+def _read_into(value: torch.Tensor, tensor: StoredTensor) -> None:
+    import torch
+
     if not tensor.nbytes:
-        return value
-    target = memoryview(value.reshape(-1).view(torch.uint8).numpy())
+        return
+    target = memoryview(value.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     with tensor.file.open("rb", buffering=0) as file:
         file.seek(tensor.begin)
         done = 0
@@ -464,4 +508,3 @@ def _read_tensor(tensor: StoredTensor) -> torch.Tensor:
             if not count:
                 raise EOFError(f"the file ends {tensor.nbytes - done} bytes early")
             done += count
-    return value
