@@ -52,10 +52,22 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The frozen models and what joins them."""
 
-    language: str = Field(description="catalog name, folder, .gguf file or hub id of the language model")
-    vision: str | None = Field(None, description="catalog name, folder or hub id of the vision tower; null for text")
-    tap_every: int = Field(4, ge=1, description="one visual token after every so many blocks of the tower")
-    neck: int = Field(128, ge=1, description="hidden width of the visual neck")
+    language: str = Field(description="catalog name, folder (Hugging Face's or Meta's), .gguf file or hub id")
+    vision: str | None = Field(
+        None, description="catalog name, folder, file of OpenAI's CLIP or hub id of the vision tower; null for text"
+    )
+    delta: str | None = Field(
+        None, description="folder with a delta that is added to the language model's weights, such as Vicuna's"
+    )
+    delta_compat: Literal["none", "lavin"] = Field(
+        "none", description="lavin: the delta's q and k rows go where LaVIN puts them, as its Vicuna adapters need"
+    )
+    connector: Literal["taps", "patches"] = Field(
+        "taps", description="taps: LaVIN's class tokens through a neck; patches: LLaVA's patches through a projector"
+    )
+    tap_every: int = Field(4, ge=1, description="taps: one visual token after every so many blocks of the tower")
+    neck: int = Field(128, ge=1, description="taps: hidden width of the visual neck")
+    patch_layer: int = Field(-2, description="patches: which of the tower's hidden states; -1 is the last block's")
 
 
 class DataSection(Section):
@@ -71,6 +83,9 @@ class DataSection(Section):
     system: str | None = Field(None, description="system message put before conversations that have none")
     max_length: int = Field(512, ge=8, description="tokens per row, visual tokens included")
     too_long: Literal["drop", "truncate", "error"] = Field("drop", description="what happens to longer rows")
+    normalization: Literal["model", "imagenet"] = Field(
+        "model", description="mean and deviation of the pixels; model: the tower's own, imagenet: LaVIN's"
+    )
     resize: Literal["squash", "crop"] = Field("squash", description="squash: LaVIN's; crop: CLIP's own")
 
 

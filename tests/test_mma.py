@@ -16,6 +16,7 @@ from lavintk.models.multimodal import MultimodalModel, count_parameters
 from lavintk.models.vision import VisionTower
 from lavintk_mma import MixtureOptions
 from lavintk_mma.adapter import MixtureOfModalityAdapter
+from lavintk_mma.original import load_original
 
 
 def freeze_linears(model: torch.nn.Module, stack: torch.nn.Module) -> None:
@@ -76,10 +77,25 @@ def randomize(model: MultimodalModel, seed: int = 3) -> None:
             parameter.normal_(std=0.3)
 
 
+SEVEN, THIRTEEN = (4096, 32, 11008, 32), (5120, 40, 13824, 40)
+
+
 @pytest.mark.parametrize(
-    ("geometry", "total"), [((4096, 32, 11008, 32), 3_781_296), ((5120, 40, 13824, 40), 5_390_080)]
+    ("geometry", "options", "total"),
+    [
+        (SEVEN, MixtureOptions(visual="router"), 3_781_296),
+        (THIRTEEN, MixtureOptions(visual="router"), 5_390_080),
+        (SEVEN, MixtureOptions(visual="router", compat="lavin"), 3_781_296),
+        (SEVEN, MixtureOptions(visual="normal", compat="lavin"), 3_609_216),
+        (THIRTEEN, MixtureOptions(), 5_218_000),
+        (THIRTEEN, MixtureOptions(visual="router_block"), 5_881_840),
+        (SEVEN, MixtureOptions(visual="router", placement="block"), 6_403_056),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int) else None,
 )
-def test_the_trainable_parameters_are_those_published(geometry: tuple[int, int, int, int], total: int) -> None:
+def test_the_trainable_parameters_are_those_published(
+    geometry: tuple[int, int, int, int], options: MixtureOptions, total: int
+) -> None:
     width, layers, hidden, heads = geometry
     with torch.device("meta"):
         config = LlamaConfig(
@@ -91,7 +107,7 @@ def test_the_trainable_parameters_are_those_published(geometry: tuple[int, int, 
             )
         )
         model = MultimodalModel(LlamaForCausalLM(config), VisionTower(clip, 4), TapNeck(1024, 128, width))
-        model.attach(MixtureOfModalityAdapter(MixtureOptions(visual="router")))
+        model.attach(MixtureOfModalityAdapter(options))
     assert model.visual_tokens == 6
     assert count_parameters(model.trainable()) == total
 
@@ -138,6 +154,25 @@ def test_a_rows_output_does_not_depend_on_its_neighbours() -> None:
     torch.testing.assert_close(together[7:], alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("compat", ["none", "lavin"])
+@pytest.mark.parametrize("placement", ["attn", "block"])
+def test_a_modality_token_in_every_row_gives_the_same_numbers_as_one_for_all(placement: str, compat: str) -> None:
+    """Hidden states, loss, gradients and routing tables, with recomputed layers too."""
+    results = []
+    for routing, checkpointing in (("shared", False), ("carried", False), ("carried", True)):
+        options = MixtureOptions(visual="router", placement=placement, routing=routing, compat=compat)  # type: ignore[arg-type]
+        model = make_model(options).eval()
+        randomize(model)
+        model.checkpointing = checkpointing
+        batch = make_batch(model)
+        loss = model.loss_sum(batch)
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.trainable().items()}
+        results.append((model.hidden(batch), loss, gradients, model.adapter.routing()))  # type: ignore[union-attr]
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("placement", ["attn", "block"])
 def test_folded_weights_give_the_same_hidden_states(seed: int, placement: str) -> None:
@@ -145,7 +180,10 @@ def test_folded_weights_give_the_same_hidden_states(seed: int, placement: str) -
     generator = torch.Generator().manual_seed(seed)
     heads = 2 * int(torch.randint(1, 4, (1,), generator=generator))
     dim, groups = [(8, 2), (4, 1), (6, 3), (4, 4)][seed]
-    options = MixtureOptions(dim=dim, groups=groups, scale=0.5 + seed, temperature=1.0 + seed, placement=placement)  # type: ignore[arg-type]
+    options = MixtureOptions(
+        dim=dim, groups=groups, scale=0.5 + seed, temperature=1.0 + seed, placement=placement,
+        routing=("shared", "carried")[seed % 2],
+    )  # type: ignore[arg-type]  # fmt: skip
     geometry = {"width": 12 * heads, "layers": 1 + seed % 3, "heads": heads, "seed": seed}
     model = make_model(options, **geometry).eval()
     randomize(model, seed)
@@ -170,6 +208,24 @@ def test_a_visual_router_has_no_affine_form() -> None:
     model = make_model(MixtureOptions(visual="router"))
     with pytest.raises(NotAffineError, match="visual=affine"):
         list(model.adapter.affine_updates())  # type: ignore[union-attr]
+
+
+def test_lavins_adapter_without_residual_is_only_for_compat_and_does_not_fold() -> None:
+    with pytest.raises(ValueError, match="set compat=lavin"):
+        MixtureOptions(visual="normal")
+    model = make_model(MixtureOptions(visual="normal", compat="lavin"))
+    with pytest.raises(NotAffineError, match="no low-rank update"):
+        list(model.adapter.affine_updates())  # type: ignore[union-attr]
+
+
+def test_only_compat_lets_the_first_image_of_a_batch_change_the_others() -> None:
+    pictures = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(4))
+    for compat, same in (("none", True), ("lavin", False)):
+        model = make_model(MixtureOptions(visual="router", temperature=1.0, compat=compat)).eval()  # type: ignore[arg-type]
+        randomize(model)
+        with torch.no_grad():
+            first, second = (model.visual_features(pictures[[i, 2]])[1] for i in (0, 1))
+        assert torch.allclose(first, second, atol=1e-5) == same
 
 
 def test_saved_and_loaded_the_adapter_is_the_same(tmp_path: Path) -> None:
@@ -206,3 +262,65 @@ def test_dropout_draws_the_same_mask_in_a_recomputed_layer() -> None:
 def test_the_quantizer_none_keeps_the_weight() -> None:
     weight = torch.randn(6, 4)
     assert torch.equal(DenseQuantizer().quantize(weight, None).dequantize(), weight)
+
+
+ORIGINAL = {"down": "conv_A", "up_first": "conv_B", "up_second": "conv_D", "up": "conv_B", "router": "expert_weights"}
+
+
+def original_tensors(model: MultimodalModel, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Return the trained parameters as LaVIN's own code would save them."""
+    tensors = {}
+    for name, parameter in model.trainable().items():
+        part, *rest = name.split(".")
+        if part == "connector":
+            theirs = f"adapter_proj.{ORIGINAL[rest[0]]}.{rest[1]}"
+        elif rest[0] == "modality":
+            theirs = "adapter_modality_embedding.weight"
+        else:
+            index, place = rest[1].split("_")
+            block = "layers" if rest[0] == "language" else "backbone.visual.transformer.resblocks"
+            theirs = f"{block}.{index}.adapter_{place}.{ORIGINAL[rest[2]]}.{rest[3]}"
+            if rest[3] == "weight" and rest[2] != "router":
+                parameter = parameter.unsqueeze(2)
+        tensors[prefix + theirs] = parameter.detach().clone()
+    return tensors
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(
+    "options",
+    [
+        MixtureOptions(visual="router", placement="block"),
+        MixtureOptions(visual="router_block"),
+        MixtureOptions(visual="normal", compat="lavin"),
+    ],
+    ids=lambda options: options.visual,
+)
+def test_lavins_own_names_load(options: MixtureOptions, prefix: str) -> None:
+    model, other = make_model(options), make_model(options, seed=9)
+    randomize(model)
+    load_original(other, original_tensors(model, prefix))
+    for (name, ours), theirs in zip(model.trainable().items(), other.trainable().values()):
+        assert torch.equal(ours, theirs), name
+
+
+def test_of_lavins_own_names_every_fault_is_listed_and_nothing_is_changed() -> None:
+    model = make_model(MixtureOptions(visual="router"))
+    tensors = original_tensors(model)
+    del tensors["adapter_proj.conv_B.bias"]
+    tensors["module.layers.1.adapter_attn.conv_A.bias"] = torch.zeros(8)
+    tensors["layers.0.adapter_mlp.conv_A.bias"] = tensors["tok_embeddings.weight"] = torch.zeros(8)
+    tensors["layers.0.adapter_attn.conv_D.weight"] = torch.ones(32, 3, 1)
+    before = {name: parameter.detach().clone() for name, parameter in model.trainable().items()}
+    with pytest.raises(CheckpointError) as caught:
+        load_original(model, tensors)
+    faults = "\n".join(caught.value.faults)
+    for fault in (
+        "connector.up.bias is missing",
+        "are the same parameter",
+        "layers.0.adapter_mlp.conv_A.bias is unexpected",
+        "tok_embeddings.weight is unexpected",
+        "conv_D.weight has shape (32, 3, 1), the model needs (32, 4)",
+    ):
+        assert fault in faults
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.trainable().items())

@@ -24,6 +24,8 @@ MAX_PIXELS = 100_000_000
 BICUBIC = 3
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """What LaVIN normalises with."""
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""What OpenAI's CLIP normalises with."""
 ADVICE = "Replace these images, or leave their records out."
 Resize = Literal["squash", "crop"]
 Triple = tuple[float, float, float]
@@ -75,6 +77,11 @@ class ImageProcessor:
         except ValueError as error:
             raise ModelError(f"{path} is not valid JSON: {error}") from error
         return cls(**_read_config(path, config, resize), max_pixels=max_pixels)
+
+    @classmethod
+    def for_clip(cls, size: int, resize: Resize | None = None) -> ImageProcessor:
+        """Return OpenAI's own preparation for a tower of ``size`` pixels: its files say nothing about it."""
+        return cls(size, size, CLIP_MEAN, CLIP_STD, resize or "crop")
 
     def __call__(self, source: ImageSource, record_id: str = "") -> Tensor:
         """Return ``[3, height, width]`` fp32.

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lavintk.data.images import ImageProcessor
+from lavintk.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageProcessor
 from lavintk.data.template import Template, make_template
 from lavintk.devices import enough_memory
 from lavintk.models.catalog import locate
-from lavintk.models.connector import TapNeck
+from lavintk.models.connector import connect
+from lavintk.models.delta_source import with_delta
 from lavintk.models.language import (
     Progress,
     language_config,
     load_language_model,
     load_vision_model,
+    outline_language_model,
+    outline_vision_model,
     vision_config,
 )
 from lavintk.models.multimodal import MultimodalModel
 from lavintk.models.sources import WeightSource, open_source
 from lavintk.models.tokenizer import check_vocabulary, load_tokenizer
-from lavintk.models.vision import VisionTower
 from lavintk.plugins import Plugins
 from lavintk.recipe import Recipe
 
@@ -62,7 +64,7 @@ def build(
     adapter = plugins.adapters.create(recipe.adapter)
     torch.manual_seed(recipe.train.seed)  # the adapter's start must not depend on what was loaded before
     sources, tokenizer, images = _open(recipe)
-    base = {role: {"source": s.description, "sha256": s.fingerprint()} for role, s in sources.items()}
+    base = _fingerprints(sources)
     if check_base is not None:
         check_base(base)
 
@@ -76,8 +78,8 @@ def build(
         tower, connector = None, None
         if "vision" in sources:
             vision = load_vision_model(sources["vision"], device=device, dtype=dtype)
-            tower = VisionTower(vision, recipe.model.tap_every)
-            connector = TapNeck(tower.width, recipe.model.neck, language.config.hidden_size).to(device)
+            tower, connector = connect(vision, recipe.model, language.config.hidden_size)
+            connector.to(device)
         model = MultimodalModel(language, tower, connector)
         model.attach(adapter)
     template = make_template(
@@ -86,10 +88,36 @@ def build(
     return Assembly(model, tokenizer, template, images, base)
 
 
+def build_outline(recipe: Recipe, plugins: Plugins) -> tuple[MultimodalModel, dict[str, dict[str, str]]]:
+    """Return a recipe's model on the meta device with its adapter attached, and the fingerprints of the frozen models.
+
+    Takes no memory for weights: for turning an adapter from elsewhere into a run. What is trained has no values and no
+    device yet either.
+
+    :raises LavintkError: as :func:`build`, as far as it shows without reading weights.
+    """
+    sources, _, _ = _open(recipe)
+    language: Any = outline_language_model(sources["language"])
+    tower, connector = None, None
+    if "vision" in sources:
+        vision = outline_vision_model(sources["vision"])
+        with torch.device("meta"):
+            tower, connector = connect(vision, recipe.model, language.config.hidden_size)
+    model = MultimodalModel(language, tower, connector)
+    model.attach(plugins.adapters.create(recipe.adapter))
+    return model, _fingerprints(sources)
+
+
+def _fingerprints(sources: Mapping[str, WeightSource]) -> dict[str, dict[str, str]]:
+    return {role: {"source": s.description, "sha256": s.fingerprint()} for role, s in sources.items()}
+
+
 def _open(recipe: Recipe) -> tuple[dict[str, WeightSource], PreTrainedTokenizerBase, ImageProcessor | None]:
     """Open what the recipe names and find all that is wrong with it that shows without reading the weights."""
     place = locate(recipe.model.language)
     sources = {"language": open_source(place)}
+    if recipe.model.delta is not None:
+        sources["language"] = with_delta(sources["language"], recipe.model.delta, recipe.model.delta_compat)
     config = language_config(sources["language"])
     tokenizer = load_tokenizer(place)
     check_vocabulary(tokenizer, config)
@@ -97,5 +125,12 @@ def _open(recipe: Recipe) -> tuple[dict[str, WeightSource], PreTrainedTokenizerB
         return sources, tokenizer, None
     place = locate(recipe.model.vision)
     sources["vision"] = open_source(place)
-    vision_config(sources["vision"])
-    return sources, tokenizer, ImageProcessor.from_folder(place, resize=recipe.data.resize)
+    config = vision_config(sources["vision"])
+    data = recipe.data
+    if place.is_dir():
+        images = ImageProcessor.from_folder(place, resize=data.resize)
+    else:
+        images = ImageProcessor.for_clip(int(config.image_size), resize=data.resize)
+    if data.normalization == "imagenet":
+        images = replace(images, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    return sources, tokenizer, images

@@ -10,7 +10,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 LANGUAGE_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 """Tested ``model_type`` values. Others of the same structure are tried and may work."""
+LANGUAGE_STACK, VISION_STACK = "model.layers.", "encoder.layers."
+"""How the names of the layers that are quantized begin."""
 VISION_TYPES = ("clip_vision_model", "siglip_vision_model")
 
 
@@ -53,6 +55,27 @@ def load_language_model(
     :raises ModelError: not a Llama-like decoder.
     :raises CheckpointError: tensors missing, unexpected, misshapen or unreadable; all listed.
     """
+    model, ignore = _empty_language_model(source, dtype)
+    fill(model, source, quantizer, LANGUAGE_STACK, ignore, device=device, dtype=dtype, progress=progress)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    # its frequencies are a buffer that no checkpoint holds
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    return cast(nn.Module, model.requires_grad_(False))
+
+
+def outline_language_model(source: WeightSource) -> nn.Module:
+    """Return the model of :func:`load_language_model` on the meta device: all of it but the values.
+
+    :raises LavintkError: as :func:`load_language_model`, as far as names and shapes show.
+    """
+    model, ignore = _empty_language_model(source, torch.float32)
+    check_names(source, _shapes(model), ignore)
+    return _outline(model, LANGUAGE_STACK)
+
+
+def _empty_language_model(source: WeightSource, dtype: torch.dtype) -> tuple[Any, Callable[[str], bool]]:
+    """Return the model on the meta device, and which names may be missing or left over."""
     from transformers import AutoModelForCausalLM
 
     config = language_config(source)
@@ -65,12 +88,7 @@ def load_language_model(
     def ignore(name: str) -> bool:
         return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
 
-    fill(model, source, quantizer, "model.layers.", ignore, device=device, dtype=dtype, progress=progress)
-    if tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    # its frequencies are a buffer that no checkpoint holds
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
-    return cast(nn.Module, model.requires_grad_(False))
+    return model, ignore
 
 
 def load_vision_model(
@@ -81,6 +99,25 @@ def load_vision_model(
     :raises ModelError: not a CLIP-like tower.
     :raises CheckpointError: see :func:`load_language_model`.
     """
+    model, bare, ignore = _empty_vision_model(source, dtype)
+    fill(model, bare, quantizer or DenseQuantizer(), VISION_STACK, ignore, device=device, dtype=dtype)
+    embeddings = model.embeddings
+    embeddings.position_ids = torch.arange(embeddings.position_embedding.weight.shape[0], device=device)[None]
+    return cast(nn.Module, model.requires_grad_(False))
+
+
+def outline_vision_model(source: WeightSource) -> nn.Module:
+    """Return the model of :func:`load_vision_model` on the meta device: all of it but the values.
+
+    :raises LavintkError: as :func:`load_vision_model`, as far as names and shapes show.
+    """
+    model, bare, ignore = _empty_vision_model(source, torch.float32)
+    check_names(bare, _shapes(model), ignore)  # type: ignore[arg-type]
+    return _outline(model, VISION_STACK)
+
+
+def _empty_vision_model(source: WeightSource, dtype: torch.dtype) -> tuple[Any, Prefixless, Callable[[str], bool]]:
+    """Return the tower on the meta device, its source, and which names may be missing or left over."""
     from transformers import AutoModel
 
     config = vision_config(source)
@@ -95,11 +132,22 @@ def load_vision_model(
         unused = ("post_layernorm.", "head.", "text_model.", "visual_projection.", "text_projection.")
         return name.endswith("position_ids") or name.startswith(unused) or name in ("logit_scale", "logit_bias")
 
-    quantizer = quantizer or DenseQuantizer()
-    fill(model, Prefixless(source, "vision_model."), quantizer, "encoder.layers.", ignore, device=device, dtype=dtype)
-    embeddings = model.embeddings
-    embeddings.position_ids = torch.arange(embeddings.position_embedding.weight.shape[0], device=device)[None]
-    return cast(nn.Module, model.requires_grad_(False))
+    return model, Prefixless(source, "vision_model."), ignore
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _linears(model: nn.Module, stack: str) -> dict[str, nn.Linear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(stack)}
+
+
+def _outline(model: nn.Module, stack: str) -> nn.Module:
+    """Put frozen layers without values where loading puts quantized ones."""
+    for name, linear in _linears(model, stack).items():
+        _put(model, name, DenseQuantizer().quantize(linear.weight.detach(), linear.bias))
+    return model.requires_grad_(False)
 
 
 class Prefixless:
@@ -148,9 +196,9 @@ def fill(
         parameters are stored in ``dtype``.
     :param ignore: names that may be absent or superfluous.
     """
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    expected = _shapes(model)
     check_names(source, expected, ignore)  # type: ignore[arg-type]
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(stack)}
+    linears = _linears(model, stack)
     total, done = source.nbytes(), 0
     present = set(source.names())
     waiting: dict[str, Tensor] = {}  # biases, which come before their weights
@@ -176,14 +224,14 @@ def read_ahead(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield ``(name, tensor)`` in order, reading from disk while the caller quantizes.
 
-    One thread reads, front to back, and casts to ``dtype``, so that a slow disk and a busy device do not wait for each
-    other. At most ``ahead`` tensors are held besides the caller's.
+    Two threads read, neighbours on disk at a time, and cast to ``dtype``, so that disk, host and device do not wait for
+    each other. At most ``ahead`` tensors are held besides the caller's.
     """
 
     def read(name: str) -> Tensor:
         return source.read(name).to(dtype)
 
-    pool = ThreadPoolExecutor(1, thread_name_prefix="lavintk-weights")
+    pool = ThreadPoolExecutor(2, thread_name_prefix="lavintk-weights")
     pending: deque[tuple[str, Future[Tensor]]] = deque()
     try:
         for name in names:

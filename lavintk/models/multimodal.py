@@ -2,7 +2,8 @@
 
 The layers are transformers' own; ours are the order of the tokens, the feature taps, the neck, the side tokens of an
 adapter, and the loss. Hidden states have the shape ``[1, N + M, hidden]``: N tokens of all rows laid end to end, then
-M side tokens (LaVIN's modality tokens), each of which attends only to itself.
+M side tokens (LaVIN's modality tokens), each of which attends only to itself. M is the number of conditions, or the
+number of rows where an adapter wants a side token for each (:class:`Manner`).
 """
 
 from __future__ import annotations
@@ -18,27 +19,44 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lavintk.contracts import Adapter
-from lavintk.data.batch import IGNORED, Batch
+from lavintk.data.batch import IGNORED, TEXT, Batch
 from lavintk.errors import ModelError
 from lavintk.layers import FrozenLinear
 from lavintk.models.attention import AttentionPlan, KeyValueCache
-from lavintk.models.connector import TapNeck
+from lavintk.models.connector import PatchProjector, TapNeck
 from lavintk.models.vision import VisionTower, run_block
 
 LOSS_CHUNK = 256
 """Labelled tokens whose logits exist at a time; 32k words in fp32 make 32 MiB."""
 
 
+@dataclass(frozen=True)
+class Manner:
+    """How a model runs for its adapter; an adapter may set :attr:`MultimodalModel.manner` when it is attached.
+
+    :param side_per_row: a side token for each row instead of one for each condition.
+    :param blank_first: the tower always sees the first row's image first, a blank one if that row has none.
+    :param decode_shift: added to the position of each token decoded from a cache.
+    """
+
+    side_per_row: bool = False
+    blank_first: bool = False
+    decode_shift: int = 0
+
+
 @dataclass
 class ForwardContext:
     """What an adapter inside a layer may need to know of the micro-batch that runs through it.
 
-    :param conditions: ``[N + M]`` int64: the condition of each token, side tokens included.
+    :param owners: ``[N + M]`` int64: which of the M side tokens each token belongs to, side tokens included. Side
+        tokens stand for conditions or, with :attr:`Manner.side_per_row`, for rows.
     :param side: M, the side tokens at the end; 0 while decoding from a cache.
+    :param cached: whether a key/value cache is filled or used.
     """
 
-    conditions: Tensor
+    owners: Tensor
     side: int
+    cached: bool
 
 
 class ContextHolder:
@@ -74,7 +92,10 @@ class MultimodalModel(nn.Module):
     """
 
     def __init__(
-        self, language: nn.Module, vision: VisionTower | None = None, connector: TapNeck | None = None
+        self,
+        language: nn.Module,
+        vision: VisionTower | None = None,
+        connector: TapNeck | PatchProjector | None = None,
     ) -> None:
         super().__init__()
         if (vision is None) != (connector is None):
@@ -85,6 +106,7 @@ class MultimodalModel(nn.Module):
         if connector is not None:
             connector.requires_grad_(True)
         self.adapter: Adapter | None = None
+        self.manner = Manner()
         self.context = ContextHolder()
         self.checkpointing = False
         self._linears = {n: m for n, m in self.named_modules() if isinstance(m, FrozenLinear)}
@@ -146,12 +168,18 @@ class MultimodalModel(nn.Module):
 
         :param cache: filled with the keys and values of the rows; the batch must then hold whole prompts.
         """
+        return self.hidden_with_side(batch, cache)[0]
+
+    def hidden_with_side(self, batch: Batch, cache: KeyValueCache | None = None) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`hidden` does, and the states ``[M, hidden]`` of the side tokens."""
         embedded = self.language.model.embed_tokens(batch.input_ids)
         if batch.pixel_values is not None:
-            visual = self.visual_embeddings(batch.pixel_values).flatten(0, 1)
+            blank_first = self.manner.blank_first and int(batch.conditions[0]) == TEXT
+            visual = self.visual_embeddings(batch.pixel_values, blank_first=blank_first).flatten(0, 1)
             embedded = embedded.index_copy(0, batch.visual_slots, visual.to(embedded.dtype))
         side = self.adapter.side_tokens() if self.adapter else None
-        return self._run_layers(embedded, batch.positions, batch.lengths, batch.conditions, side, cache)
+        states = self._run_layers(embedded, batch.positions, batch.lengths, batch.conditions, side, cache)
+        return states[: batch.tokens], states[batch.tokens :]
 
     def decode(self, tokens: Tensor, conditions: Tensor, cache: KeyValueCache) -> Tensor:
         """Return ``[B, hidden]`` for one further token of each row.
@@ -160,15 +188,18 @@ class MultimodalModel(nn.Module):
         """
         embedded = self.language.model.embed_tokens(tokens)
         lengths = (1,) * tokens.numel()
-        return self._run_layers(embedded, cache.lengths.clone(), lengths, conditions, None, cache)
+        positions = cache.lengths + self.manner.decode_shift
+        return self._run_layers(embedded, positions, lengths, conditions, None, cache)
 
     @torch.no_grad()
     def run_side_tokens(self) -> None:
-        """Send the adapter's side tokens through the layers, so that it knows what they lead to without any text."""
-        first = torch.zeros(1, dtype=torch.int64, device=self.device)
+        """Send the adapter's side tokens, one per condition in order, through the layers without any text."""
         side = self.adapter.side_tokens() if self.adapter else None
-        embedded = self.language.model.embed_tokens(first)
-        self._run_layers(embedded, first, (1,), first, side, None)
+        if side is None:
+            return
+        conditions = torch.arange(len(side), device=self.device)
+        first = torch.zeros_like(conditions)  # a row of one token, any token, for each condition
+        self._run_layers(self.language.model.embed_tokens(first), first, (1,) * len(side), conditions, side, None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return ``[..., vocabulary]`` in fp32."""
@@ -188,13 +219,24 @@ class MultimodalModel(nn.Module):
             total = total + checkpoint(self._chunk_loss, part, target, use_reentrant=False, preserve_rng_state=False)
         return total
 
-    def visual_embeddings(self, pixel_values: Tensor) -> Tensor:
+    def visual_embeddings(self, pixel_values: Tensor, *, blank_first: bool = False) -> Tensor:
         """Return the visual tokens ``[I, visual_tokens, hidden]`` of images ``[I, 3, height, width]``."""
-        if self.vision is None or self.connector is None:
+        features = self.visual_features(pixel_values, blank_first=blank_first)
+        assert self.connector is not None
+        return cast(Tensor, self.connector(features.to(self.dtype)))
+
+    def visual_features(self, pixel_values: Tensor, *, blank_first: bool = False) -> Tensor:
+        """Return the tower's features ``[I, visual_tokens, vision width]`` of images ``[I, 3, height, width]``.
+
+        :param blank_first: an all-zero image goes through the tower in front of the others; its features are dropped.
+        """
+        if self.vision is None:
             raise ModelError("the batch holds images, but the model was loaded without a vision tower")
         how = self._checkpointed_block if self.checkpointing and torch.is_grad_enabled() else run_block
-        features = self.vision(pixel_values, how)
-        return cast(Tensor, self.connector(features.to(self.dtype)))
+        if blank_first:
+            pixel_values = torch.cat([torch.zeros_like(pixel_values[:1]), pixel_values])
+        features = cast(Tensor, self.vision(pixel_values, how))
+        return features[1:] if blank_first else features
 
     def _chunk_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(hidden), labels, reduction="sum")
@@ -209,14 +251,16 @@ class MultimodalModel(nn.Module):
         cache: KeyValueCache | None,
     ) -> Tensor:
         tokens, count = embedded.shape[0], 0
-        per_token = conditions.repeat_interleave(_as_tensor(lengths, conditions.device), output_size=tokens)
+        owners = torch.arange(len(lengths), device=conditions.device) if self.manner.side_per_row else conditions
+        owners = owners.repeat_interleave(_as_tensor(lengths, conditions.device), output_size=tokens)
         if side is not None:
+            side = side[conditions] if self.manner.side_per_row else side
             count = side.shape[0]
             embedded = torch.cat([embedded, side.to(embedded.dtype)])
             positions = F.pad(positions, (0, count))
-            per_token = torch.cat([per_token, torch.arange(count, device=per_token.device)])
+            owners = torch.cat([owners, torch.arange(count, device=owners.device)])
         plan = AttentionPlan.of(lengths, embedded.device, count, cache)
-        context = ForwardContext(per_token, count)
+        context = ForwardContext(owners, count, cached=cache is not None)
         states, positions = embedded.unsqueeze(0), positions.unsqueeze(0)
         rotary = self.language.model.rotary_emb(states, position_ids=positions)
         recompute = self.checkpointing and torch.is_grad_enabled()
@@ -230,7 +274,7 @@ class MultimodalModel(nn.Module):
             states = _checkpointed(run, layer, states) if recompute else run(layer, states)
         if cache is not None:
             cache.advance(_as_tensor(lengths, embedded.device))
-        return cast(Tensor, self.language.model.norm(states[0, :tokens]))
+        return cast(Tensor, self.language.model.norm(states[0]))
 
     @staticmethod
     def _checkpointed_block(block: nn.Module, hidden: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Loads tokenizers from Hugging Face folders and GGUF files."""
+"""Loads tokenizers from Hugging Face folders, GGUF files and SentencePiece's ``tokenizer.model``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lavintk.cache import cache_folder
 from lavintk.errors import ModelError
 from lavintk.models.gguf_source import GGUFHeader, read_header
+from lavintk.models.meta_source import is_meta_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 CONVERSION = "1"
 """Version of the conversion below: a higher one leaves older cached tokenizers aside."""
 
+SENTENCEPIECE = "tokenizer.model"
+PROBES = ("Image: ", "Image: N/A", " two  spaces", "Response:The answer is A.\n", "42 naïve 漢字")
+"""Texts that a converted tokenizer must cut as SentencePiece does."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
 # How text is cut before byte pairs are merged, by ``tokenizer.ggml.pre``: the expressions stand in the
@@ -54,8 +59,8 @@ log = logging.getLogger(__name__)
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model folder or ``.gguf`` file; it has a padding id and gives offsets.
 
-    The conversion from GGUF takes seconds, so its result is kept in the cache directory, keyed by the file's
-    header, which holds the whole tokenizer.
+    The conversion from GGUF and from SentencePiece takes seconds, so its result is kept in the cache directory, keyed
+    by what it was made from. A folder of Meta's may have its ``tokenizer.model`` one folder up, where Meta puts it.
     Where the model has no padding token, the end token stands in: the vocabulary never grows.
 
     :raises ModelError: no tokenizer is there, or none of the fast kind, or it needs code of its own.
@@ -88,7 +93,12 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
 def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
     if not folder.is_dir():
         raise ModelError(f"no tokenizer at {folder}: there is no such file or folder")
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    present = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if present == [SENTENCEPIECE]:
+        return _from_sentencepiece(folder / SENTENCEPIECE)
+    if not present and is_meta_folder(folder) and (folder.absolute().parent / SENTENCEPIECE).is_file():
+        return _from_sentencepiece(folder.absolute().parent / SENTENCEPIECE)
+    if not present:
         found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise ModelError(
             f"{folder} holds no tokenizer (no tokenizer.json). Found: {found}. "
@@ -110,6 +120,74 @@ def _auto_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "lavintk needs one that transformers knows, with a tokenizer.json, and runs no code of a model's."
         ) from error
     return tokenizer
+
+
+def _from_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of LLaMA's ``tokenizer.model``.
+
+    :raises ModelError: it cannot be converted, or the result would cut text in another way.
+    """
+    model = path.read_bytes()
+    if not model.startswith(b"\n"):  # the first field of SentencePiece's message
+        raise ModelError(
+            f"{path} is no SentencePiece model; Llama 3's is of another kind. Copy the tokenizer.json of the same "
+            "model's Hugging Face folder beside the weights."
+        )
+    cached = cache_folder() / "tokenizers" / _conversion_key(model)
+    if (cached / "tokenizer.json").is_file():
+        return _auto_tokenizer(cached)
+    if find_spec("sentencepiece") is None:
+        raise ModelError(
+            f"{path} is a SentencePiece model, and converting it takes the package sentencepiece: pip install "
+            "sentencepiece\nOr copy the tokenizer.json of the same model's Hugging Face folder beside the weights."
+        )
+    tokenizer = _converted_sentencepiece(path)
+    _ensure_padding(tokenizer)
+    try:
+        _keep(tokenizer, cached)
+    except OSError as error:
+        log.warning("the converted tokenizer of %s cannot be kept for the next time: %s", path, error)
+        return tokenizer
+    return _auto_tokenizer(cached)
+
+
+def _converted_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import normalizers
+    from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+
+    with TemporaryDirectory(prefix="lavintk-") as alone:
+        os.symlink(path.resolve(), Path(alone) / SENTENCEPIECE)
+        try:
+            original = SentencePieceProcessor(model_file=str(path))
+            backend = LlamaTokenizer.from_pretrained(alone, local_files_only=True).backend_tokenizer
+        except Exception as error:  # both say in many ways that a file is not theirs
+            raise ModelError(f"{path} cannot be converted: {type(error).__name__}: {error}") from error
+    # transformers adds no space to a text that starts with one; SentencePiece always does
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = None
+    different = [
+        probe for probe in PROBES if backend.encode(probe, add_special_tokens=False).ids != original.encode(probe)
+    ]
+    if different or backend.get_vocab_size() != original.get_piece_size():
+        raise ModelError(
+            f"{path} cannot be converted faithfully: transformers cuts {different[:1] or 'other tokens'} differently. "
+            "Copy the tokenizer.json of the same model's Hugging Face folder beside the weights."
+        )
+    roles = {"bos_token": original.bos_id(), "eos_token": original.eos_id(), "unk_token": original.unk_id()}
+    special = {role: original.id_to_piece(id) for role, id in roles.items() if id >= 0}
+    make: Any = PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerBase = make(tokenizer_object=backend, add_bos_token=True, **special)
+    return tokenizer
+
+
+def _conversion_key(content: bytes) -> str:
+    """Return a hash of what a conversion rests on: ``content``, which holds the tokenizer, and the code."""
+    from transformers import __version__
+
+    digest = hashlib.sha256(f"{CONVERSION} {__version__}\n".encode())
+    digest.update(content)
+    return digest.hexdigest()[:32]
 
 
 def _from_gguf(path: Path) -> PreTrainedTokenizerBase:
@@ -174,13 +252,8 @@ def _trimmed(tokenizer: PreTrainedTokenizerBase, size: int) -> PreTrainedTokeniz
 
 
 def _cache_key(path: Path, header: GGUFHeader) -> str:
-    """Return a hash of what the conversion rests on: the header, which holds the tokenizer, and the code."""
-    from transformers import __version__
-
-    digest = hashlib.sha256(f"{CONVERSION} {__version__}\n".encode())
     with path.open("rb") as file:
-        digest.update(file.read(header.length))
-    return digest.hexdigest()[:32]
+        return _conversion_key(file.read(header.length))
 
 
 def _keep(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Literal
 from lavintk import hookimpl
 
 if TYPE_CHECKING:
+    import click
+
     from lavintk.contracts import Adapter
     from lavintk.registry import Registry
 
@@ -28,9 +30,19 @@ class MixtureOptions:
     placement: Literal["attn", "block"] = field(
         default="attn", metadata={"help": "attn: before q, k, v; block: also before the feed-forward layers"}
     )
-    visual: Literal["affine", "router", "router_block", "none"] = field(
+    visual: Literal["affine", "router", "router_block", "normal", "none"] = field(
         default="affine",
-        metadata={"help": "adapters of the vision tower: affine folds, router gates on each image's class token"},
+        metadata={
+            "help": "adapters of the vision tower: affine folds; router gates on each image's class token; "
+            "router_block: also before its feed-forward layers; normal: LaVIN's without residual, for compat=lavin"
+        },
+    )
+    routing: Literal["shared", "carried"] = field(
+        default="shared",
+        metadata={"help": "the modality token's path: shared runs it once per modality, carried once per row"},
+    )
+    compat: Literal["none", "lavin"] = field(
+        default="none", metadata={"help": "lavin: as LaVIN's code does it, its mistakes included (docs/lavin.md)"}
     )
 
     def __post_init__(self) -> None:
@@ -40,6 +52,11 @@ class MixtureOptions:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        if self.visual == "normal" and self.compat != "lavin":
+            raise ValueError(
+                "visual=normal is LaVIN's adapter without residual, which starts with an attention that sees only "
+                "zeros: set compat=lavin to load what was trained with it, or visual=affine to train"
+            )
 
 
 def make_mixture(options: MixtureOptions) -> Adapter:
@@ -58,3 +75,15 @@ def lavintk_register_adapters(registry: Registry[Adapter]) -> None:
         options=MixtureOptions,
         summary="LaVIN's mixture-of-modality adapters, switching by modality",
     )
+
+
+@hookimpl
+def lavintk_register_commands(group: click.Group) -> None:
+    """Offer ``lavintk import lavin``."""
+    import click
+
+    from lavintk_mma.command import import_lavin
+
+    importers = group.commands.get("import")
+    if isinstance(importers, click.Group):
+        importers.add_command(import_lavin)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from lavintk.contracts import AffineUpdate
 from lavintk.errors import CheckpointError, ModelError, NotAffineError
-from lavintk_mma.modules import AffineAdapter, RoutedAdapter
+from lavintk.models.multimodal import Manner
+from lavintk_mma import original
+from lavintk_mma.modules import AffineAdapter, BareAdapter, RoutedAdapter
 
 if TYPE_CHECKING:
     from lavintk.layers import FrozenLinear
@@ -31,9 +33,10 @@ FEED_FORWARD_INPUTS = ("mlp.gate_proj", "mlp.up_proj")
 class RoutedNorm(nn.Module):
     """A norm followed by a routed adapter that reads its weights off the modality tokens.
 
-    The modality token of each condition travels through the layers as a side token. In this layer's normed state it
-    feeds the router; every token takes the weights of its own row's condition. While decoding from a cache there are
-    no side tokens and the weights of the prompt pass are used again: they depend on the modality alone.
+    The modality tokens travel through the layers as side tokens, one for each modality or one for each row. In this
+    layer's normed state they feed the router; every token takes the weights of the side token it belongs to. While
+    decoding from a cache there are no side tokens and the weights of the prompt pass are used again: they depend on
+    the modality alone.
     """
 
     def __init__(self, norm: nn.Module, adapter: RoutedAdapter, context: ContextHolder) -> None:
@@ -41,20 +44,45 @@ class RoutedNorm(nn.Module):
         self.norm, self.adapter = norm, adapter
         self._context = context
         self.table: Tensor | None = None
-        """Routing weights ``[conditions, 2]`` of the last forward pass."""
+        """Routing weights ``[M, 2]`` of the last forward pass that had side tokens."""
+        self.arrived: Tensor | None = None
+        """The side tokens ``[M, hidden]`` as they came into the norm, while a prompt fills a cache."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map ``[1, N + M, hidden]`` to the same shape."""
         normed = self.norm(hidden)
         context = self._context.current
         if context.side:
-            table = self.adapter.weights(normed[0, -context.side :])
+            self.arrived = hidden[0, -context.side :].clone() if context.cached else None
+            table = self.adapter.weights(self._router_input(normed[0, -context.side :]))
             self.table = table.detach()
         elif self.table is not None:
             table = self.table
         else:
             raise RuntimeError("decoding without a prompt: the routing weights are not known yet")
-        return cast(Tensor, self.adapter(normed, table[context.conditions].unsqueeze(0)))
+        return cast(Tensor, self.adapter(normed, table[context.owners].unsqueeze(0)))
+
+    def _router_input(self, normed: Tensor) -> Tensor:
+        return normed
+
+
+class EarlyGatedNorm(RoutedNorm):
+    """LaVIN's gate of the feed-forward adapter: in generation it reads what came into the block.
+
+    Its generator takes the weights from ``ffn_norm(x)``, x before attention; its training from ``ffn_norm(h)``,
+    h behind attention. A run that fills a cache is a generation here.
+    """
+
+    def __init__(
+        self, norm: nn.Module, adapter: RoutedAdapter, context: ContextHolder, attention_norm: RoutedNorm
+    ) -> None:
+        super().__init__(norm, adapter, context)
+        # set past nn.Module's bookkeeping: it is a child of the layer already
+        object.__setattr__(self, "_attention_norm", attention_norm)
+
+    def _router_input(self, normed: Tensor) -> Tensor:
+        arrived = cast(RoutedNorm, self._attention_norm).arrived
+        return normed if arrived is None else cast(Tensor, self.norm(arrived))
 
 
 class AffineNorm(nn.Module):
@@ -82,12 +110,30 @@ class ClassTokenNorm(nn.Module):
         return cast(Tensor, self.adapter(normed, self.adapter.weights(normed[:, :1])))
 
 
+class FirstImageNorm(nn.Module):
+    """LaVIN's gate in the vision tower: each image takes, at each position, the weights that the first image has there.
+
+    LaVIN's router means to read position 0, but CLIP's states are laid out (positions, batch, width), so it reads
+    sample 0. Features depend on who comes first in the batch; a batch of one gates each position on itself.
+    """
+
+    def __init__(self, norm: nn.Module, adapter: RoutedAdapter) -> None:
+        super().__init__()
+        self.norm, self.adapter = norm, adapter
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map ``[I, positions, width]`` to the same shape."""
+        normed = self.norm(hidden)
+        return cast(Tensor, self.adapter(normed, self.adapter.weights(normed[:1])))
+
+
 class MixtureOfModalityAdapter(nn.Module):
     """LaVIN's adapters in every decoder layer and, as chosen, in every block of the vision tower.
 
     Position 0 of LaVIN's sequence, the modality token, is seen by nobody and sees only itself, so its path depends on
-    the modality alone. It is computed once per micro-batch and modality, as a side token, instead of once per row.
-    With dropout off this gives the original's numbers; with dropout the two differ in how masks are drawn.
+    the modality alone. It is computed once per micro-batch and modality, as a side token; ``routing=carried`` computes
+    it once per row, as LaVIN does. With dropout off both give the same numbers; with dropout a carried token draws
+    its own mask in each row.
     """
 
     conditions: tuple[str, ...] = CONDITIONS
@@ -114,6 +160,12 @@ class MixtureOfModalityAdapter(nn.Module):
                 self._wrap_visual(model, block, index, "layer_norm1", "attn")
                 if self.options.visual == "router_block":
                     self._wrap_visual(model, block, index, "layer_norm2", "mlp")
+        compat, sees_first = self.options.compat == "lavin", self.options.visual in ("router", "router_block")
+        model.manner = Manner(
+            side_per_row=self.options.routing == "carried",
+            blank_first=compat and sees_first,
+            decode_shift=-1 if compat else 0,
+        )
         self.language.to(model.device)
         self.visual.to(model.device)
         # set past nn.Module's bookkeeping: the model contains the adapter, so it must not become its child
@@ -153,6 +205,17 @@ class MixtureOfModalityAdapter(nn.Module):
             for name, parameter in own.items():
                 parameter.copy_(stored[name])
 
+    def load_original(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy LaVIN's own adapter tensors into this adapter and its model's connector.
+
+        :raises CheckpointError: see :func:`lavintk_mma.original.load_original`.
+        """
+        original.load_original(self._attached(), tensors)
+
+    def pair_with_original(self, names: Mapping[str, object]) -> dict[str, str | None]:
+        """Return the model's trainable name of each of LaVIN's names; None where there is none."""
+        return original.pair_with_original(self._attached(), names)
+
     def affine_updates(self) -> Iterator[AffineUpdate]:
         """Yield what the adapters add to each linear layer they feed, per modality (RepAdapter's fold).
 
@@ -172,19 +235,27 @@ class MixtureOfModalityAdapter(nn.Module):
     @torch.no_grad()
     def routing(self) -> dict[str, Tensor]:
         """Return the routing weights ``[conditions, 2]`` of each adapter in eval mode, by ``<layer>_<place>``."""
+        model = self._attached()
+        was_training = model.training
+        model.eval().run_side_tokens()
+        model.train(was_training)
+        return {key: cast(Tensor, norm.table) for key, norm in self._norms.items()}
+
+    def _attached(self) -> MultimodalModel:
         if self._model is None:
             raise ModelError("the adapter is not attached to a model yet")
-        was_training = self._model.training
-        self._model.eval().run_side_tokens()
-        self._model.train(was_training)
-        return {key: cast(Tensor, norm.table) for key, norm in self._norms.items()}
+        return self._model
 
     def _wrap_language(self, model: MultimodalModel, layer: nn.Module, index: int, norm: str, place: str) -> None:
         if not hasattr(layer, norm):
             raise ModelError(f"{type(layer).__name__} has no {norm}: the mma adapter fits Llama-like layers only")
         o = self.options
         adapter = RoutedAdapter(model.hidden_size, o.dim, o.groups, o.scale, o.temperature, o.dropout)
-        routed = RoutedNorm(getattr(layer, norm), adapter, model.context)
+        if o.compat == "lavin" and place == "mlp":
+            attention_norm = self._norms[f"{index}_attn"]
+            routed: RoutedNorm = EarlyGatedNorm(getattr(layer, norm), adapter, model.context, attention_norm)
+        else:
+            routed = RoutedNorm(getattr(layer, norm), adapter, model.context)
         self.language[f"{index}_{place}"] = adapter
         self._norms[f"{index}_{place}"] = routed
         setattr(layer, norm, routed)
@@ -192,12 +263,14 @@ class MixtureOfModalityAdapter(nn.Module):
     def _wrap_visual(self, model: MultimodalModel, block: nn.Module, index: int, norm: str, place: str) -> None:
         assert model.vision is not None
         o, width = self.options, model.vision.width
+        inner = getattr(block, norm)
         wrapped: nn.Module
-        if o.visual == "affine":
-            plain = AffineAdapter(width, o.dim, o.groups, o.scale, o.dropout)
+        if o.visual in ("affine", "normal"):
+            kind = AffineAdapter if o.visual == "affine" else BareAdapter
+            plain = kind(width, o.dim, o.groups, o.scale, o.dropout)
             self.visual[f"{index}_{place}"] = plain
-            wrapped = AffineNorm(getattr(block, norm), plain)
-        elif not model.vision.has_class_token:
+            wrapped = AffineNorm(inner, plain)
+        elif o.compat == "none" and not model.vision.has_class_token:
             raise ModelError(
                 f"visual adapters of kind {o.visual!r} read a class token, which {type(model.vision.model).__name__} "
                 "has not; use --adapter mma:visual=affine"
@@ -205,10 +278,15 @@ class MixtureOfModalityAdapter(nn.Module):
         else:
             routed = RoutedAdapter(width, o.dim, o.groups, o.scale, o.temperature, o.dropout)
             self.visual[f"{index}_{place}"] = routed
-            wrapped = ClassTokenNorm(getattr(block, norm), routed)
+            wrapped = FirstImageNorm(inner, routed) if o.compat == "lavin" else ClassTokenNorm(inner, routed)
         setattr(block, norm, wrapped)
 
     def _visual_updates(self) -> Iterator[AffineUpdate]:
+        if self.visual and self.options.visual == "normal":
+            raise NotAffineError(
+                "visual adapters of kind 'normal' replace the linear layers' input instead of adding to it and have no "
+                "low-rank update; train with --adapter mma:visual=affine to export them folded"
+            )
         if self.visual and self.options.visual != "affine":
             raise NotAffineError(
                 f"visual adapters of kind {self.options.visual!r} depend on the image and do not fold; "

@@ -67,6 +67,14 @@ class AffineAdapter(nn.Module):
         return self.down.weight, up, up @ self.down.bias + self.scale * self.up.bias
 
 
+class BareAdapter(AffineAdapter):
+    """LaVIN's ``RepAdapter``: ``B (A x + a) + b``, that is RepAdapter without "+ x" and without the scale."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., width]`` to the same shape."""
+        return F.linear(self.down(x), self.up.dense().to(x.dtype), self.up.bias.to(x.dtype))
+
+
 class RoutedAdapter(nn.Module):
     """The MM-adapter: ``x + s w0 (B z + b) + s w1 (C z + c)``, ``w = softmax((E t + e) / tau)``, ``z = A x + a``."""
 
