@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -152,11 +152,61 @@ class DatasetFormat(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Questions:
+    """Records to score given answers against.
+
+    :param missing: ids that the split lists and the data lacks.
+    """
+
+    records: list[Record]
+    missing: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class QuestionSource(Protocol):
+    """What a :class:`DatasetFormat` may offer besides: records for answers that exist already."""
+
+    def questions(self, split: str) -> Questions:
+        """Return the records that are there; no image is looked for, and the file may hold a part of the split.
+
+        :raises DataError: every fault found in the records that are there, or there are none.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely a model finds a text as the answer.
+
+    :param total: log-likelihood of the answer's tokens in nats, without the end of turn behind it.
+    :param tokens: how many tokens that is.
+    """
+
+    total: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Nats per token, by which answers of different lengths can be compared."""
+        return self.total / max(1, self.tokens)
+
+
 class AnsweringModel(Protocol):
     """What an evaluation sees of a model."""
 
     def answer(self, records: Sequence[Record], *, max_new_tokens: int) -> list[str]:
         """Return one greedy answer to the last user message of each record, in order."""
+        ...
+
+    def log_likelihoods(
+        self, records: Sequence[Record], completions: Sequence[Sequence[str]]
+    ) -> list[list[Likelihood]]:
+        """Return how likely each completion is as the start of the answer to the record, in order.
+
+        :param completions: the candidates of each record; the record's own last answer is not looked at.
+        :raises DataError: a candidate that gives no token of its own.
+        """
         ...
 
 
@@ -173,19 +223,52 @@ class Prediction:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Scores by name, among them ``questions`` (their count), and what they rest on."""
+    """Scores by name, among them ``questions`` (their count), and what they rest on.
+
+    :param details: figures of parts, for example of each category of questions; None where there is no figure.
+    :param table: the scores as the terminal shows them, the head in the first row; empty: the scores are listed.
+    :param notes: sentences to stand below, for example on what could not be scored.
+    """
 
     scores: dict[str, float]
     predictions: list[Prediction] = field(default_factory=list)
+    details: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    table: Sequence[Sequence[str]] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Evaluation(Protocol):
-    """Scores a model on records."""
+    """Scores a model on records. May also be an :class:`AnswerScoring` or a :class:`FileScoring`."""
 
     def evaluate(self, model: AnsweringModel, records: Sequence[Record], *, max_new_tokens: int) -> EvaluationResult:
         """Return the scores of ``model`` on ``records``; the last assistant message is the reference.
 
         :raises DataError: a record lacks what the evaluation needs.
+        """
+        ...
+
+
+@runtime_checkable
+class AnswerScoring(Protocol):
+    """An evaluation that also scores answers that exist already: ``lavintk eval --predictions FILE``."""
+
+    def score(self, records: Sequence[Record], answers: Mapping[str, str | int]) -> EvaluationResult:
+        """Return the scores of ``answers`` to ``records``.
+
+        :param answers: for the id of each record a text, or the index of a choice.
+        :raises DataError: a record lacks what the evaluation needs, or an answer is of the wrong kind.
+        """
+        ...
+
+
+@runtime_checkable
+class FileScoring(Protocol):
+    """An evaluation whose answer files bring questions and references with them, so that no data is named."""
+
+    def score_files(self, path: Path) -> EvaluationResult:
+        """Return the scores of the answer files at ``path``.
+
+        :raises DataError: every fault of the files.
         """
         ...
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lavintk.errors import CheckpointError, RunError
 from lavintk.recipe import Recipe, make_recipe, read_recipe
 from lavintk.registry import Choice
+from lavintk.scoring import evaluation_for
 
 if TYPE_CHECKING:
     from lavintk.contracts import EvaluationResult
@@ -198,11 +199,14 @@ class Run:
         *,
         split: str | None = None,
         evaluation: str | Choice | None = None,
+        scoring: str | None = None,
         max_new_tokens: int | None = None,
         batch_size: int | None = None,
     ) -> EvaluationResult:
         """Score the trained model; without arguments, on the recipe's test data.
 
+        :param evaluation: by default the one called like the format of ``data``, where there is one, else the recipe's.
+        :param scoring: the evaluation's option of this name, for example ``"likelihood"``.
         :raises RunError: neither ``data`` nor the recipe names records to answer, or a number is below 1.
         """
         for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
@@ -212,7 +216,8 @@ class Run:
         chosen = Choice.parse(data) if isinstance(data, str) else data or self.recipe.data.test
         if chosen is None:
             raise RunError("the recipe names no test data; give some, for example --data alpaca:test.json")
-        scorer = Choice.parse(evaluation) if isinstance(evaluation, str) else evaluation or settings.name
+        given = Choice.parse(evaluation) if isinstance(evaluation, str) else evaluation
+        scorer = evaluation_for(chosen if data is not None else None, given, settings.name, scoring)
         return evaluate(
             self.assembly,
             load_records(chosen, split or self.recipe.data.test_split),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import click
 
 from lavintk import __version__
-from lavintk.cli import data, doctor, evaluate, models, plugins, train
+from lavintk.cli import chat, data, doctor, evaluate, import_, models, plugins, train
 from lavintk.errors import LavintkError
 from lavintk.plugins import installed_plugins
 
@@ -28,8 +28,17 @@ def make_group(with_plugins: bool = True) -> click.Group:
         callback=lambda debug: None,
     )
     click.version_option(__version__, prog_name="lavintk")(group)
-    for command in (train.train, evaluate.evaluate, data.data, models.models, plugins.plugins, doctor.doctor):
+    for command in (
+        train.train,
+        evaluate.evaluate,
+        chat.chat,
+        data.data,
+        models.models,
+        plugins.plugins,
+        doctor.doctor,
+    ):
         group.add_command(command)
+    group.add_command(import_.make_import())
     if with_plugins:
         installed_plugins().add_commands(group)
     return group

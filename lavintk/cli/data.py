@@ -1,7 +1,8 @@
-"""``lavintk data``: look at records before training on them."""
+"""``lavintk data``: look at records before training on them, and put files together."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -9,7 +10,7 @@ import click
 
 @click.group()
 def data() -> None:
-    """Look at data before training on it."""
+    """Look at data before training on it, and merge files."""
 
 
 @data.command()
@@ -47,3 +48,26 @@ def preview(
     made: Any = make_template(tokenizer, template, system=system, visual_tokens=visual_tokens)
     rows, report = tokenize_all(records, made, max_length)
     render_preview(rows, tokenizer, count, Console(), report)
+
+
+@data.command()
+@click.option("--alpaca", type=click.Path(path_type=Path), multiple=True, help="File with instruction, input, output.")
+@click.option("--llava", type=click.Path(path_type=Path), multiple=True, help="File with LLaVA's conversations.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write, for example all_data.json.")
+@click.option("--images", type=click.Path(path_type=Path), help="Folder with train2014/; each image is looked for.")
+def merge(alpaca: tuple[Path, ...], llava: tuple[Path, ...], out: Path, images: Path | None) -> None:
+    """Merge files of Alpaca's and LLaVA's form into one all_data.json, as LaVIN trains its chat models on.
+
+    --alpaca and --llava may be given several times. Conversations keep all their turns. Images are those of COCO's
+    train2014. Train on the result with --data lavin:FILE.
+    """
+    from lavintk.data.merge import merge as merge_files
+    from lavintk.errors import LavintkError
+
+    if not alpaca and not llava:
+        raise LavintkError("there is nothing to merge: name files with --alpaca and --llava")
+    merged = merge_files(alpaca, llava, out, images)
+    click.echo(
+        f"{out}: {len(merged.rows):,} rows ({merged.alpaca:,} from alpaca, {merged.llava:,} from llava; "
+        f"{merged.several_turns:,} with several turns, {merged.with_image:,} with an image)"
+    )

@@ -42,7 +42,7 @@ FLAGS = {
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/<time>-<recipe>]")
 @click.option("--resume", type=click.Path(path_type=Path), help="Go on with the run in this folder.")
 @click.option("--model", help="Language model: catalog name, folder, .gguf file or hub id.")
-@click.option("--vision", help="Vision tower: catalog name, folder or hub id.")
+@click.option("--vision", help="Vision tower: catalog name, folder, OpenAI's CLIP file or hub id.")
 @click.option("--quant", help="Quantizer of the frozen base: nf4, int8, none, ... (lavintk plugins list).")
 @click.option("--adapter", help="Adapter: mma, lora, ...")
 @click.option("--optim", help="Optimizer: paged, 8bit, adamw, ...")

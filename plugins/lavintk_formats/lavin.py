@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lavintk.data.records import Message, Record
-from lavintk_formats.reading import FileOptions, Row, describe, read_records
+from lavintk_formats.llava import llava_message
+from lavintk_formats.reading import FileOptions, Row, conversation, describe, read_records
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,9 @@ class LavinOptions(FileOptions):
 class LavinFormat:
     """``{"all": [{"instruction", "answer", "image", "image_source", "qid"}, ...]}``.
 
-    Instructions are complete prompts (``Instruction: ...\\nResponse:``), so records carry ``raw_prompt``.
+    Instructions are complete prompts (``Instruction: ...\\nResponse:``), so records carry ``raw_prompt``. A row may
+    bring ``conversations``, turns in LLaVA's form with the same kind of prompts; they then stand for instruction and
+    answer, which are the first turn. LaVIN's own reader does not look at them.
     """
 
     def __init__(self, options: LavinOptions) -> None:
@@ -37,7 +40,13 @@ class LavinFormat:
 
     def _record(self, row: Row) -> Record:
         folder = self.options.images.expanduser() if self.options.images else row.folder / "images"
-        messages = (Message("user", row.text("instruction")), Message("assistant", row.text("answer")))
+        if row.fields.get("conversations") is None:
+            messages: tuple[Message, ...] = (
+                Message("user", row.text("instruction")),
+                Message("assistant", row.text("answer")),
+            )
+        else:
+            messages = conversation(row, "conversations", row.fields["conversations"], llava_message)
         return Record(row.identifier("qid"), messages, _images(row, folder), {"raw_prompt": True})
 
 

@@ -42,11 +42,12 @@ class LlavaFormat:
     def _record(self, row: Row) -> Record:
         folder = self.options.images.expanduser() if self.options.images else None
         images = row.images("image", row.fields.get("image"), folder)
-        messages = conversation(row, "conversations", row.fields.get("conversations"), _message)
+        messages = conversation(row, "conversations", row.fields.get("conversations"), llava_message)
         return Record(row.identifier(), messages, images)
 
 
-def _message(row: Row, name: str, turn: Mapping[str, Any]) -> Message | None:
+def llava_message(row: Row, name: str, turn: Mapping[str, Any]) -> Message | None:
+    """Return the message of a turn ``{"from", "value"}``, or None and a fault."""
     role, text = turn.get("from"), turn.get("value")
     if not isinstance(role, str) or role not in ROLES:
         row.fault(f"{name}.from", f"expected one of {', '.join(ROLES)}, found {describe(role)}")

@@ -1,6 +1,7 @@
 """``scienceqa``: the ScienceQA benchmark in its official folder layout, with LaVIN's prompts.
 
-The folder holds ``problems.json``, ``pid_splits.json`` and ``images/<split>/<id>/image.png``.
+The folder holds ``problems.json``, ``pid_splits.json`` and ``images/<split>/<id>/image.png``. Without
+``pid_splits.json`` each problem's own ``split`` counts.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lavintk.contracts import Questions
 from lavintk.data.records import Message, Record
 from lavintk.errors import DataError, did_you_mean
 from lavintk_formats.reading import Row, check_limit, convert_rows, describe, read_json
@@ -20,7 +22,7 @@ from lavintk_formats.scienceqa_prompt import LETTERS, PROMPT_FORMATS, Compat, bu
 class ScienceQaOptions:
     """The folder and the form of prompts and answers."""
 
-    path: Path = field(metadata={"help": "folder with problems.json and pid_splits.json"})
+    path: Path = field(metadata={"help": "folder with problems.json and pid_splits.json, or the problems file"})
     prompt_format: str = field(default="QCM-ALE", metadata={"help": "input-output, for example QCM-A"})
     captions: Path | None = field(default=None, metadata={"help": "captions.json, to add captions to the context"})
     images: Path | None = field(default=None, metadata={"help": "image folder; default: images/ in the folder"})
@@ -49,7 +51,9 @@ class ScienceQaFormat:
 
     def __init__(self, options: ScienceQaOptions) -> None:
         self.options = options
-        self.folder = options.path.expanduser()
+        path = options.path.expanduser()
+        self.folder = path.parent if path.is_file() else path
+        self.problems = path if path.is_file() else path / "problems.json"
 
     def load(self, split: str) -> list[Record]:
         """Return the records of ``split`` in the order of ``pid_splits.json``.
@@ -58,27 +62,58 @@ class ScienceQaFormat:
             name an official split.
         :raises DataError: every fault found, missing images among them.
         """
-        official = {name: getattr(self.options, name) for name in ("train", "validation", "test")}
         faults: list[str] = []
-        rows = self._rows(official.get(split, split), faults)
+        rows, missing = self._rows(split, faults)
+        faults += [
+            f"problem {name!r}: listed in pid_splits.json, in {self.problems.name} found null" for name in missing
+        ]
         captions = self._captions()
         return convert_rows(str(self.folder), rows, lambda row: self._record(row, captions), faults)
 
-    def _rows(self, split: str, faults: list[str]) -> list[Row]:
-        splits, problems = (_read_object(self.folder / name) for name in ("pid_splits.json", "problems.json"))
-        if split not in splits:
-            raise DataError(
-                str(self.folder / "pid_splits.json"),
-                [f"no split {split!r}; it has {', '.join(splits)}.{did_you_mean(split, splits)}"],
-            )
+    def questions(self, split: str) -> Questions:
+        """Return the records of ``split`` that the problems file holds; no image is looked for.
+
+        :raises DataError: every fault found in these problems, or there are none.
+        """
+        faults: list[str] = []
+        rows, missing = self._rows(split, faults)
+        captions = self._captions()
+        records = convert_rows(
+            str(self.problems), rows, lambda row: self._record(row, captions, look_for_image=False), faults
+        )
+        return Questions(records, missing)
+
+    def _rows(self, split: str, faults: list[str]) -> tuple[list[Row], tuple[str, ...]]:
+        """Return the rows of the split, and the ids that it lists and the problems file lacks."""
+        split = {name: getattr(self.options, name) for name in ("train", "validation", "test")}.get(split, split)
+        problems = _read_object(self.problems)
+        listed = self._listed(split, problems)[: self.options.limit or None]
         rows = []
-        for identifier in splits[split][: self.options.limit or None]:
-            where, problem = f"problem {identifier!r}", problems.get(identifier)
-            if isinstance(problem, dict):
+        for identifier in listed:
+            where, problem = f"problem {identifier!r}", problems.get(identifier, {})
+            if not isinstance(problem, dict):
+                faults.append(f"{where}: expected an object with fields, found {describe(problem)}")
+            elif identifier in problems:
                 rows.append(Row(where, identifier, {"split": split, **problem}, self.folder, faults))
-            else:
-                faults.append(f"{where}: listed in pid_splits.json, in problems.json found {describe(problem)}")
-        return rows
+        return rows, tuple(identifier for identifier in listed if identifier not in problems)
+
+    def _listed(self, split: str, problems: Mapping[str, Any]) -> list[str]:
+        """Return the ids of ``split``: those of ``pid_splits.json``, or without it those that name the split."""
+        path = self.folder / "pid_splits.json"
+        if path.is_file():
+            splits = _read_object(path)
+        else:
+            splits = {}
+            for identifier, problem in problems.items():
+                if isinstance(problem, dict) and isinstance(problem.get("split"), str):
+                    splits.setdefault(problem["split"], []).append(identifier)
+        if split not in splits:
+            where = path if path.is_file() else self.problems
+            found = f"it has {', '.join(splits)}" if splits else f"and there is no {path}"
+            raise DataError(str(where), [f"no split {split!r}; {found}.{did_you_mean(split, splits)}"])
+        if not isinstance(splits[split], list):
+            raise DataError(str(path), [f"{split}: expected a list of ids, found {describe(splits[split])}"])
+        return [str(identifier) for identifier in splits[split]]
 
     def _captions(self) -> Mapping[str, Any]:
         if self.options.captions is None:
@@ -89,12 +124,13 @@ class ScienceQaFormat:
             raise DataError(str(path), [f"expected the key 'captions' with an object, found {describe(captions)}"])
         return captions
 
-    def _record(self, row: Row, captions: Mapping[str, Any]) -> Record:
+    def _record(self, row: Row, captions: Mapping[str, Any], *, look_for_image: bool = True) -> Record:
         before = len(row.faults)
         _check(row)
         folder = self.options.images.expanduser() if self.options.images else row.folder / "images"
         image = row.text("image", required=False)
-        images = (row.image_file("image", folder / row.text("split") / row.default_id / image),) if image else ()
+        path = folder / row.text("split") / row.default_id / image
+        images = (row.image_file("image", path),) if image and look_for_image else ()
         if len(row.faults) > before:
             return Record(row.default_id, (Message("user", "?"),))
         caption = str(captions.get(row.default_id, ""))
