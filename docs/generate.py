@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lavintk.registry import Option
 
 DOCS = Path(__file__).parent
-PAGES = ("cli.md", "recipe.md", "data.md", "models.md", "plugins.md")
+PAGES = ("cli.md", "recipe.md", "data.md", "evaluation.md", "models.md", "plugins.md")
 """The pages with generated parts."""
 WIDTH = 98
 """Columns of the terminal for which help is written."""
@@ -99,9 +99,18 @@ def commands(command: click.Command, path: str = "lavintk") -> Iterator[tuple[st
 
 
 def command_help() -> str:
-    """Return the help of every command; those that plugins add are left out."""
-    group = make_group(with_plugins=False)
+    """Return the help of every command, those of plugins of this distribution included."""
+    group = own_commands()
     return "\n\n".join(f"## {path}\n\n{_block(_help(group, path))}" for path, _ in commands(group))
+
+
+def own_commands() -> click.Group:
+    """Return the command line with what plugins of this distribution alone add."""
+    group, plugins = make_group(with_plugins=False), load_plugins()
+    for record in plugins.records():
+        if record.distribution == "lavintk":
+            plugins.call_one(record.name, "lavintk_register_commands", group=group)
+    return group
 
 
 def _help(group: click.Group, path: str) -> str:

@@ -99,7 +99,8 @@ def lavintk_register_commands(group: click.Group) -> None:
 
     Called at every start of ``lavintk``, so import only what is needed to declare the options.
 
-    :param group: call ``group.add_command(command)``; a name that lavintk or another plugin uses is an error.
+    :param group: call ``group.add_command(command)``; a name that lavintk or another plugin uses is an error. What
+        makes a run of a checkpoint from elsewhere goes into ``group.commands["import"]``: ``plugins/lavintk_mma``.
     """
 
 

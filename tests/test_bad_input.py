@@ -1063,7 +1063,10 @@ def test_scoring_refuses_bad_input_with_what_would_do(
         ((*good, "--batch-size", "0"), "batch_size must be at least 1, got 0"),
         ((*good, "--max-new-tokens", "-1"), "max_new_tokens must be at least 1, got -1"),
         ((*good, "--device", "gpu"), "use auto, cpu, cuda or cuda:N"),
-        ((*good, "--predictions", str(tmp_path / "no" / "p.jsonl")), f"the folder {tmp_path / 'no'} does not exist"),
+        (
+            (*good, "--save-predictions", str(tmp_path / "no" / "p.jsonl")),
+            f"the folder {tmp_path / 'no'} does not exist",
+        ),
     ]
     for arguments, text in cases:
         check_message(run_cli("eval", str(finished), *arguments), text)

