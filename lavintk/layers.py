@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lavintk.errors import ModelError
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""Number types that layers are made from and compute in."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class FrozenLinear(nn.Module, ABC):
 
     graph_safe = True
     """Whether the forward and backward pass may be captured in a CUDA graph (no host synchronisation)."""
+    scale_names: ClassVar[tuple[str, ...]] = ()
+    """Names of the buffers that keep their type when the module is cast to another one: they only move."""
 
     def __init__(self, out_features: int, in_features: int, bias: Tensor | None) -> None:
         super().__init__()
@@ -75,6 +82,18 @@ class FrozenLinear(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Describe the layer in ``print(model)``."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        scales = [self._buffers[name] for name in self.scale_names]
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype != tensor.dtype and any(tensor is scale for scale in scales):
+                return tensor.to(moved.device)
+            return moved
+
+        result: Self = super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return result
 
 
 class DenseLinear(FrozenLinear):
@@ -114,3 +133,33 @@ class _FrozenProduct(torch.autograd.Function):
             return None, None
         (gradient,) = gradients
         return gradient.to(ctx.dtype) @ ctx.layer.dequantize(ctx.dtype), None
+
+
+def checked_weight(weight: Tensor, bias: Tensor | None, scheme: str) -> Tensor:
+    """Return ``weight`` ``[out, in]`` detached and contiguous, if it and ``bias`` ``[out]`` can be quantized.
+
+    For quantizers that work on a CPU and on CUDA.
+
+    :param scheme: how the error names the grid.
+    :raises ModelError: with all that keeps it from being quantized.
+    """
+    faults = []
+    if weight.dim() != 2 or weight.numel() == 0:
+        faults.append(f"its shape is {list(weight.shape)}, [out, in] is needed")
+    if weight.dtype not in FLOATS:
+        faults.append(f"its type is {weight.dtype}, fp32, fp16 or bf16 is needed")
+    if weight.device.type not in ("cpu", "cuda"):
+        faults.append(f"it is on {weight.device}, a CPU or a CUDA device is needed")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        faults.append(f"its bias has shape {list(bias.shape)}, {list(weight.shape[:1])} is needed")
+    if not faults and not is_finite(weight):
+        bad = int((~torch.isfinite(weight)).sum())
+        faults.append(f"{bad} of its {weight.numel()} elements are NaN or infinite; is the file damaged?")
+    if faults:
+        raise ModelError(f"cannot quantize a weight to {scheme}: {'; '.join(faults)}")
+    return weight.detach().contiguous()
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Whether all elements are finite; one pass, without a mask of the weight's size."""
+    return bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all())

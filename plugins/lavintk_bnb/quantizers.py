@@ -7,8 +7,7 @@ takes a few microseconds: so nothing has to be invalidated when a layer is loade
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal
 
 import bitsandbytes as bnb
 import torch
@@ -16,7 +15,7 @@ from bitsandbytes import functional as bnb_functional
 from torch import Tensor
 
 from lavintk.errors import ModelError
-from lavintk.layers import FrozenLinear, PackedWeight
+from lavintk.layers import FLOATS, FrozenLinear, PackedWeight, checked_weight, is_finite
 
 NESTED_BLOCK = 256
 """Scales sharing one scale in double quantization; the only size that bitsandbytes' fused kernel knows."""
@@ -24,7 +23,6 @@ FUSED_ROWS = 16
 """Up to so many rows of ``x``, without gradient, go to the fused 4-bit kernel: decoding, not training."""
 PIECE = 1 << 18
 """Weights quantized at once on a CPU, so that intermediate results stay in the cache."""
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 Scheme = Literal["nf4", "fp4"]
 
@@ -46,7 +44,7 @@ class FourBitQuantizer:
 
         :raises ModelError: the weight's shape, type or device is not supported, or it is not finite.
         """
-        weight = _checked(weight, bias, self.scheme)
+        weight = checked_weight(weight, bias, self.scheme)
         if weight.numel() % 2:
             raise ModelError(
                 f"cannot quantize a weight to {self.scheme}, two to a byte: {list(weight.shape)} is an odd "
@@ -105,8 +103,8 @@ class Int8Quantizer:
         :raises ModelError: the weight's shape, type or device is not supported, it is not finite, or it
             does not fit into fp16, which bitsandbytes' kernel reads.
         """
-        weight = _checked(weight, bias, "int8").to(torch.float16)
-        if not _is_finite(weight):
+        weight = checked_weight(weight, bias, "int8").to(torch.float16)
+        if not is_finite(weight):
             raise ModelError(
                 "cannot quantize a weight to int8, which reads it in fp16: it has elements beyond 65504. "
                 "Use --quant nf4 instead"
@@ -128,26 +126,7 @@ class Int8Quantizer:
         )
 
 
-class _ScaledLinear(FrozenLinear):
-    """A frozen layer whose scales stay fp32 when the module is cast to another type."""
-
-    scale_names: ClassVar[tuple[str, ...]]
-    """Names of the buffers that only move, and never change their type."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        scales = [self._buffers[name] for name in self.scale_names]
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if moved.dtype != tensor.dtype and any(tensor is scale for scale in scales):
-                return tensor.to(moved.device)
-            return moved
-
-        result: Self = super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        return result
-
-
-class FourBitLinear(_ScaledLinear):
+class FourBitLinear(FrozenLinear):
     """A frozen layer in 4-bit codes.
 
     Buffers: ``codes`` uint8 ``[out * in / 2]``, row-major, first element in the high nibble; ``absmax``,
@@ -264,7 +243,7 @@ class FourBitLinear(_ScaledLinear):
         )
 
 
-class Int8Linear(_ScaledLinear):
+class Int8Linear(FrozenLinear):
     """A frozen layer in 8-bit rows: ``weight[o, i] = codes[o, i] * absmax[o] / 127``.
 
     Buffers: ``codes`` int8 ``[out, in]``, ``absmax`` fp32 ``[out]``. On CUDA the product is that of
@@ -344,33 +323,6 @@ class _Int8Product(torch.autograd.Function):
             return None, None
         (gradient,) = gradients
         return gradient.to(ctx.dtype) @ ctx.layer.dequantize(ctx.dtype), None
-
-
-def _checked(weight: Tensor, bias: Tensor | None, scheme: str) -> Tensor:
-    """Return ``weight`` detached and contiguous.
-
-    :raises ModelError: with all that keeps it from being quantized.
-    """
-    faults = []
-    if weight.dim() != 2 or weight.numel() == 0:
-        faults.append(f"its shape is {list(weight.shape)}, [out, in] is needed")
-    if weight.dtype not in FLOATS:
-        faults.append(f"its type is {weight.dtype}, fp32, fp16 or bf16 is needed")
-    if weight.device.type not in ("cpu", "cuda"):
-        faults.append(f"it is on {weight.device}, a CPU or a CUDA device is needed")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        faults.append(f"its bias has shape {list(bias.shape)}, {list(weight.shape[:1])} is needed")
-    if not faults and not _is_finite(weight):
-        bad = int((~torch.isfinite(weight)).sum())
-        faults.append(f"{bad} of its {weight.numel()} elements are NaN or infinite; is the file damaged?")
-    if faults:
-        raise ModelError(f"cannot quantize a weight to {scheme}: {'; '.join(faults)}")
-    return weight.detach().contiguous()
-
-
-def _is_finite(weight: Tensor) -> bool:
-    """Whether all elements are finite; one pass, without a mask of the weight's size."""
-    return bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all())
 
 
 def _quantize_four_bit(weight: Tensor, scheme: Scheme, block_size: int) -> tuple[Tensor, Tensor]:

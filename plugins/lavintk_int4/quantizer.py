@@ -1,0 +1,155 @@
+"""Frozen linear layers whose storage is that of ONNX Runtime's ``MatMulNBits`` with 4 bits."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lavintk.layers import FrozenLinear, PackedWeight, checked_weight
+from lavintk_int4.search import Search, column_importance, quantize_blocks
+
+PIECES = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Weights quantized at once: on a CPU intermediate results stay in the cache, a GPU wants more work at a time."""
+UNPACKED_PIECE = 1 << 18
+"""Weights dequantized at once on a CPU."""
+
+
+class Int4Quantizer:
+    """Quantizes each row in blocks of whole numbers from 0 to 15, with an fp32 scale and a zero point per block.
+
+    The last block of a row whose length is no multiple of the block size is filled up with zeros.
+
+    :param block_size: a power of two from 16 on.
+    :param search: how scale and zero point are found; see :mod:`lavintk_int4.search`.
+    """
+
+    requires_cuda = False
+
+    def __init__(self, block_size: int = 32, search: Search = "balanced") -> None:
+        self.block_size, self.search = block_size, search
+
+    def quantize(self, weight: Tensor, bias: Tensor | None) -> Int4Linear:
+        """Return the layer, on the weight's device; see :class:`lavintk.contracts.Quantizer`.
+
+        :raises ModelError: the weight's shape, type or device is not supported, or it is not finite.
+        """
+        weight = checked_weight(weight, bias, "int4")
+        layer = self.empty(weight.shape[0], weight.shape[1], False, weight.device)
+        layer.bias = None if bias is None else bias.detach()
+        importance = column_importance(weight) if self.search == "balanced" else None
+        rows_at_once = max(1, PIECES[weight.device.type] // weight.shape[1])
+        for start in range(0, weight.shape[0], rows_at_once):
+            rows = slice(start, start + rows_at_once)
+            self._fill(layer, rows, weight[rows], importance)
+        return layer
+
+    def empty(self, out_features: int, in_features: int, bias: bool, device: torch.device) -> Int4Linear:
+        """Return a layer with undefined content and an fp32 bias.
+
+        ``load_state_dict(assign=True)`` gives the bias the type of what is loaded.
+        """
+        blocks = -(-in_features // self.block_size)
+        return Int4Linear(
+            in_features,
+            torch.empty(out_features, blocks, self.block_size // 2, dtype=torch.uint8, device=device),
+            torch.empty(out_features, blocks, dtype=torch.float32, device=device),
+            torch.empty(out_features, -(-blocks // 2), dtype=torch.uint8, device=device),
+            torch.empty(out_features, dtype=torch.float32, device=device) if bias else None,
+        )
+
+    def _fill(self, layer: Int4Linear, rows: slice, weight: Tensor, importance: Tensor | None) -> None:
+        count, blocks, half = layer.codes[rows].shape
+        if importance is not None:
+            importance = self._in_columns(importance.unsqueeze(0)).repeat(1, count)
+        codes, scales, zero_points = quantize_blocks(self._in_columns(weight.float()), self.search, importance)
+        layer.codes[rows] = (codes[0::2] | codes[1::2] << 4).t().reshape(count, blocks, half)
+        layer.scales[rows] = scales.view(count, blocks)
+        even = F.pad(zero_points.view(count, blocks), (0, blocks % 2))
+        layer.zero_points[rows] = even[:, 0::2] | even[:, 1::2] << 4
+
+    def _in_columns(self, rows: Tensor) -> Tensor:
+        """Return ``[rows, in]`` as ``[block_size, rows * blocks]``, rows filled up with zeros."""
+        padded = F.pad(rows, (0, -rows.shape[1] % self.block_size))
+        return padded.reshape(-1, self.block_size).t().contiguous()
+
+
+class Int4Linear(FrozenLinear):
+    """A frozen layer in 4-bit blocks: ``weight = (code - zero point) * scale``.
+
+    Buffers: ``codes`` uint8 ``[out, blocks, block_size / 2]`` and ``zero_points`` uint8 ``[out, ceil(blocks / 2)]``,
+    both with the first of two in the low nibble; ``scales`` fp32 ``[out, blocks]``. Blocks run along a row; the last
+    one may reach beyond it, into weights that are zero.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zero_points: Tensor
+    scale_names = ("scales",)
+
+    def __init__(
+        self, in_features: int, codes: Tensor, scales: Tensor, zero_points: Tensor, bias: Tensor | None
+    ) -> None:
+        super().__init__(codes.shape[0], in_features, bias)
+        self.block_size = 2 * codes.shape[2]
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+        self.register_buffer("zero_points", zero_points)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight ``[out, in]``, computed in fp32 and rounded once to ``dtype``."""
+        unpack = self._unpack_by_table if self.codes.device.type == "cpu" else self._unpack_by_shifts
+        weight = unpack(dtype).view(self.out_features, -1)
+        if weight.shape[1] == self.in_features:
+            return weight
+        return weight[:, : self.in_features].contiguous()
+
+    def packed(self) -> PackedWeight:
+        """Describe the storage: what ``MatMulNBits`` takes as B, scales and zero points, without a change."""
+        return PackedWeight(
+            scheme="int4-block",
+            shape=(self.out_features, self.in_features),
+            codes=self.codes,
+            scales=self.scales,
+            zero_points=self.zero_points,
+            block_size=self.block_size,
+            layout="[out, blocks, block_size / 2], first element in the low nibble; zero points packed alike",
+        )
+
+    def extra_repr(self) -> str:
+        """Describe the layer in ``print(model)``."""
+        return f"{super().extra_repr()}, int4, block_size={self.block_size}"
+
+    def _block_zeros(self) -> Tensor:
+        """Return the zero points unpacked, uint8 ``[out, blocks]``."""
+        pairs = torch.stack([self.zero_points & 15, self.zero_points >> 4], dim=-1)
+        return pairs.flatten(1)[:, : self.scales.shape[1]]
+
+    def _unpack_by_table(self, dtype: torch.dtype) -> Tensor:
+        """Look both codes of a byte up in one gather, in pieces that fit the cache."""
+        rows, blocks = self.scales.shape
+        weight = torch.empty(rows, blocks, self.block_size, dtype=dtype)
+        zeros, scales, table = self._block_zeros().float().unsqueeze(-1), self.scales.unsqueeze(-1), _byte_values()
+        step = max(1, UNPACKED_PIECE // (blocks * self.block_size))
+        for piece in (slice(start, start + step) for start in range(0, rows, step)):
+            values = table.index_select(0, self.codes[piece].reshape(-1).int()).view(torch.float32)
+            centred = values.view(-1, blocks, self.block_size).sub_(zeros[piece])
+            torch.mul(centred, scales[piece], out=weight[piece])
+        return weight
+
+    def _unpack_by_shifts(self, dtype: torch.dtype) -> Tensor:
+        """Use nothing larger than the result: each product is computed in fp32 and stored in ``dtype``."""
+        weight = torch.empty(*self.codes.shape, 2, dtype=dtype, device=self.codes.device)
+        zeros, scales = self._block_zeros().to(torch.int8).unsqueeze(-1), self.scales.unsqueeze(-1)
+        for place, codes in enumerate((self.codes & 15, self.codes >> 4)):
+            torch.mul(codes.view(torch.int8).sub_(zeros), scales, out=weight[..., place])
+        return weight
+
+
+@functools.cache
+def _byte_values() -> Tensor:
+    """Return the two fp32 codes in each byte as one int64, ``[256]``, the low nibble first in memory."""
+    byte = torch.arange(256)
+    return torch.stack([byte & 15, byte >> 4], dim=1).float().view(torch.int64).view(-1)
