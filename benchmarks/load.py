@@ -1,6 +1,6 @@
 """How fast a checkpoint is loaded and quantized, beside the speed of the disk it lies on.
 
-    python benchmarks/load.py --geometry 7b --folder /tmp/checkpoint     (a random checkpoint is written first)
+    python benchmarks/load.py --geometry 7b --folder checkpoint-7b     (a random checkpoint is written first)
     python benchmarks/load.py --model smollm2-135m-instruct
 
 Peaks are those of the process (resident memory without the page cache's share is not visible to it: mapped file pages
