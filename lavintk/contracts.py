@@ -305,3 +305,15 @@ class StepInfo:
     samples_per_second: float
     memory_bytes: int
     seconds_left: float
+
+    def figures(self) -> dict[str, float]:
+        """Return what a logger plots, by name; memory in GiB, the rest in the units above."""
+        return {
+            "loss": self.loss,
+            "learning_rate": self.learning_rate,
+            "gradient_norm": self.gradient_norm,
+            "tokens_per_second": self.tokens_per_second,
+            "samples_per_second": self.samples_per_second,
+            "memory_gib": self.memory_bytes / 2**30,
+            "epoch": self.epoch,
+        }

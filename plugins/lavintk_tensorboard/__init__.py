@@ -42,17 +42,8 @@ def lavintk_run_started(run: RunInfo) -> None:
 
 @hookimpl
 def lavintk_step_finished(run: RunInfo, step: StepInfo) -> None:
-    """Write the figures of a step; memory in GiB, the rest in the units of :class:`StepInfo`."""
-    figures = {
-        "loss": step.loss,
-        "learning_rate": step.learning_rate,
-        "gradient_norm": step.gradient_norm,
-        "tokens_per_second": step.tokens_per_second,
-        "samples_per_second": step.samples_per_second,
-        "memory_gib": step.memory_bytes / 2**30,
-        "epoch": step.epoch,
-    }
-    for name, value in figures.items():
+    """Write the figures of a step; memory in GiB, the rest in the units of :meth:`StepInfo.figures`."""
+    for name, value in step.figures().items():
         _writer(run).add_scalar(f"train/{name}", value, step.step)
 
 

@@ -50,19 +50,10 @@ def lavintk_run_started(run: RunInfo) -> None:
 
 @hookimpl
 def lavintk_step_finished(run: RunInfo, step: StepInfo) -> None:
-    """Send the figures of a step; memory in GiB, the rest in the units of :class:`StepInfo`."""
+    """Send the figures of a step; memory in GiB, the rest in the units of :meth:`StepInfo.figures`."""
     if run.folder not in _runs:
         return
-    figures = {
-        "loss": step.loss,
-        "learning_rate": step.learning_rate,
-        "gradient_norm": step.gradient_norm,
-        "tokens_per_second": step.tokens_per_second,
-        "samples_per_second": step.samples_per_second,
-        "memory_gib": step.memory_bytes / 2**30,
-        "epoch": step.epoch,
-    }
-    _runs[run.folder].log({f"train/{name}": value for name, value in figures.items()}, step=step.step)
+    _runs[run.folder].log({f"train/{name}": value for name, value in step.figures().items()}, step=step.step)
 
 
 @hookimpl
