@@ -59,7 +59,7 @@ class RandomSource:
         """Return the bytes of all tensors."""
         return sum(map(self.tensor_nbytes, self._shapes))
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
         """Draw a tensor: norms near 1, the rest with a standard deviation of 0.02."""
         shape = self._shapes[name]
         if len(shape) == 1:

@@ -1,8 +1,11 @@
 """How fast a checkpoint is loaded and quantized, beside the speed of the disk it lies on.
 
     python benchmarks/load.py --geometry 7b --folder checkpoint-7b     (a random checkpoint is written first)
+    python benchmarks/load.py --geometry 7b --folder checkpoint-7b --readers 2,4,8
     python benchmarks/load.py --model smollm2-135m-instruct
 
+With ``--geometry``, the files are read plainly before and after all loads, because the speed of a disk drifts; for
+each number of reading threads the checkpoint is loaded once from disk (cold) and once from the page cache (warm).
 Peaks are those of the process (resident memory without the page cache's share is not visible to it: mapped file pages
 count while they are mapped) and of the device.
 """
@@ -23,8 +26,9 @@ from safetensors.torch import save_file
 
 from lavintk.devices import describe, pick_device, pick_precision
 from lavintk.models.catalog import locate
-from lavintk.models.language import load_language_model
+from lavintk.models.language import load_language_model, outline_language_model
 from lavintk.models.sources import open_source
+from lavintk.models.staging import CUDA_READERS, READERS
 from lavintk.plugins import installed_plugins
 from lavintk.registry import Choice
 
@@ -67,14 +71,17 @@ def forget_cached(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_plainly(folder: Path) -> float:
-    """Return the seconds it takes to read the files once, sequentially."""
+def read_plainly(folder: Path, when: str) -> None:
+    """Read the files once from disk, sequentially, and print the speed."""
+    forget_cached(folder)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     started = time.perf_counter()
     for path in folder.glob("*.safetensors"):
         with path.open("rb", buffering=0) as file:
             while file.read(16 << 20):
                 pass
-    return time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    print(f"plain read {when}: {size / 1e9:.2f} GB in {seconds:.1f} s, {size / seconds / 1e9:.2f} GB/s", flush=True)
 
 
 class AnonymousPeak(threading.Thread):
@@ -99,54 +106,71 @@ class AnonymousPeak(threading.Thread):
         return self.peak
 
 
-def measure(reference: str, quant: str) -> None:
-    """Load once and print time, speed and peaks."""
+def measure(reference: str, quant: str, readers: int, state: str) -> None:
+    """Load once and print time, speed and peaks.
+
+    :param state: of the page cache, for the line that is printed.
+    """
     device = pick_device("auto")
     source = open_source(locate(reference))
+    quantizer, dtype = installed_plugins().quantizers.create(Choice.parse(quant)), pick_precision("auto", device)
+    # libraries are imported and kernels loaded before the clock runs
+    outline_language_model(source)
+    quantizer.quantize(torch.zeros(256, 256, device=device, dtype=dtype), None)
     if device.type == "cuda":
-        torch.zeros(1, device=device)
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_host_memory_stats()
     sampler = AnonymousPeak()
     sampler.start()
     started = time.perf_counter()
-    model = load_language_model(
-        source, installed_plugins().quantizers.create(Choice.parse(quant)), device=device,
-        dtype=pick_precision("auto", device),
-    )  # fmt: skip
+    model = load_language_model(source, quantizer, device=device, dtype=dtype, readers=readers)
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds, peak = time.perf_counter() - started, sampler.stop()
     line = (
-        f"{reference} as {quant} on {describe(device)}: {seconds:.1f} s, {source.nbytes() / seconds / 1e9:.2f} GB/s "
+        f"load {state}, {readers} readers, {reference} as {quant} on {describe(device)}: "
+        f"{seconds:.1f} s, {source.nbytes() / seconds / 1e9:.2f} GB/s "
         f"of stored weights, host peak {peak / 1e9:.2f} GB (without mapped files)"
     )
     if device.type == "cuda":
         final, top = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-        line += f", device peak {top / 2**30:.2f} GiB, final {final / 2**30:.2f} GiB"
+        pinned = torch.cuda.host_memory_stats()["allocated_bytes.peak"]
+        line += f", pinned peak {pinned / 1e9:.2f} GB, device peak {top / 2**30:.2f} GiB, final {final / 2**30:.2f} GiB"
     print(line, flush=True)
     del model
 
 
+def reader_counts(text: str) -> list[int]:
+    """Return the numbers in ``N,N,...``."""
+    counts = [int(part) for part in text.split(",")]
+    if min(counts) < 1:
+        raise argparse.ArgumentTypeError("at least one thread must read")
+    return counts
+
+
 def main() -> None:
-    """Write a checkpoint if asked, then load it cold and warm."""
+    """Write a checkpoint if asked, then load it cold and warm with each number of readers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=LANGUAGE)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--model")
     parser.add_argument("--quant", default="nf4")
+    parser.add_argument("--readers", type=reader_counts, help="numbers of reading threads, N,N,...")
     arguments = parser.parse_args()
-    if arguments.geometry:
-        if not (arguments.folder / "config.json").exists():
-            write_checkpoint(arguments.geometry, arguments.folder)
-        size = sum(path.stat().st_size for path in arguments.folder.glob("*.safetensors"))
+    readers: list[int] = arguments.readers or [CUDA_READERS if pick_device("auto").type == "cuda" else READERS]
+    if not arguments.geometry:
+        for count in readers:
+            measure(arguments.model or "smollm2-135m-instruct", arguments.quant, count, "as it comes")
+        return
+    if not (arguments.folder / "config.json").exists():
+        write_checkpoint(arguments.geometry, arguments.folder)
+    read_plainly(arguments.folder, "before")
+    for count in readers:
         forget_cached(arguments.folder)
-        seconds = read_plainly(arguments.folder)
-        print(f"plain read of {size / 1e9:.2f} GB: {seconds:.1f} s, {size / seconds / 1e9:.2f} GB/s", flush=True)
-        forget_cached(arguments.folder)
-        measure(str(arguments.folder), arguments.quant)
-        measure(str(arguments.folder), arguments.quant)
-    else:
-        measure(arguments.model or "smollm2-135m-instruct", arguments.quant)
+        measure(str(arguments.folder), arguments.quant, count, "cold")
+        measure(str(arguments.folder), arguments.quant, count, "warm")
+    read_plainly(arguments.folder, "after")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A conversation with a trained model, turn by turn; ``lavintk chat`` is a terminal around it."""
+"""A conversation with a trained or exported model, turn by turn; ``lavintk chat`` is a terminal around it."""
 
 from __future__ import annotations
 
@@ -7,34 +7,33 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lavintk.answering import RecordAnswerer
 from lavintk.data.records import IMAGE_MARKER, ImageSource, Message, Record
 from lavintk.errors import DataError, ModelError
+from lavintk.sampling import Sampling
 
 if TYPE_CHECKING:
-    from lavintk.generate import Sampling
     from lavintk.models.build import Assembly
 
 
 class Conversation:
     """What was said so far, and a model that goes on.
 
-    :param system: message put in front; None leaves it to the recipe's.
+    :param model: a loaded run's assembly, or anything that answers records, such as an exported model.
+    :param system: message put in front; None leaves it to the model's template.
     :param sampling: its seed is raised by one with every turn, so a question asked again may be answered otherwise.
     """
 
     def __init__(
         self,
-        assembly: Assembly,
+        model: RecordAnswerer | Assembly,
         *,
         system: str | None = None,
         sampling: Sampling | None = None,
         max_new_tokens: int = 512,
     ) -> None:
-        from lavintk.answer import Answerer
-        from lavintk.generate import Sampling as Greedy
-
-        self.assembly, self.sampling, self.max_new_tokens = assembly, sampling or Greedy(), max_new_tokens
-        self._answerer = Answerer(assembly, 1)
+        self.answerer = model if isinstance(model, RecordAnswerer) else _answerer(model)
+        self.sampling, self.max_new_tokens = sampling or Sampling(), max_new_tokens
         self._system = (Message("system", system),) if system else ()
         self._waiting: list[ImageSource] = []
         self.reset()
@@ -56,9 +55,9 @@ class Conversation:
         :raises ModelError: the model sees no images.
         :raises DataError: the image cannot be read.
         """
-        if self.assembly.images is None:
+        if self.answerer.images is None:
             raise ModelError("this model sees no images: it was trained without a vision tower")
-        self.assembly.images(image, "image")
+        self.answerer.images.pixels(image, "image")
         self._waiting.append(image)
 
     def ask(self, question: str) -> Iterator[str]:
@@ -69,8 +68,6 @@ class Conversation:
         :raises DataError: the template refuses the conversation.
         :raises ModelError: the conversation is longer than the model can read.
         """
-        from lavintk.devices import enough_memory
-
         if IMAGE_MARKER in question:
             raise DataError("the question", [f"it holds {IMAGE_MARKER}, which marks the place of an image"])
         marked = Message("user", IMAGE_MARKER * len(self._waiting) + question)
@@ -80,8 +77,8 @@ class Conversation:
         turn = sum(message.role == "user" for message in self._messages)
         sampling = replace(self.sampling, seed=self.sampling.seed + turn)
         try:
-            with enough_memory(self.assembly.model.device, "while answering", _how_to_save_memory):
-                for piece in self._answerer.stream(asked, max_new_tokens=room, sampling=sampling):
+            with self.answerer.enough_memory(_how_to_save_memory):
+                for piece in self.answerer.stream(asked, max_new_tokens=room, sampling=sampling):
                     answer += piece
                     yield piece
         except (GeneratorExit, KeyboardInterrupt):
@@ -95,13 +92,19 @@ class Conversation:
 
     def _room(self, asked: Record) -> int:
         """Return how many tokens the answer may have."""
-        used = len(self.assembly.template.prompt(asked))
-        limit = getattr(self.assembly.model.language.config, "max_position_embeddings", None)
+        used = len(self.answerer.template.prompt(asked))
+        limit = self.answerer.context_length
         if limit is None:
             return self.max_new_tokens
         if used >= limit:
             raise ModelError(f"the conversation has {used} tokens, the model reads at most {limit}: start anew")
-        return min(self.max_new_tokens, int(limit) - used)
+        return min(self.max_new_tokens, limit - used)
+
+
+def _answerer(assembly: Assembly) -> RecordAnswerer:
+    from lavintk.answer import Answerer
+
+    return Answerer(assembly, 1)
 
 
 def _how_to_save_memory() -> str:

@@ -41,6 +41,26 @@ class Quantizer(Protocol):
         ...
 
 
+@runtime_checkable
+class CalibratedQuantizer(Protocol):
+    """What a :class:`Quantizer` may offer besides: rounding that knows what goes into the layer."""
+
+    def quantize_calibrated(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, second_moment: torch.Tensor
+    ) -> FrozenLinear:
+        """Return a frozen layer on the grid of :meth:`Quantizer.quantize` whose outputs are near the weight's.
+
+        No output's squared error on these inputs is larger than that of :meth:`Quantizer.quantize`.
+
+        :param weight: ``[out, in]``, fp32, fp16 or bf16; not kept.
+        :param bias: ``[out]`` or None; kept in its own type.
+        :param second_moment: sum of ``x x'`` over inputs of the layer, fp32 ``[in, in]``, on the weight's device; not
+            changed.
+        :raises LavintkError: the shape or the device is not supported, or a value is not finite.
+        """
+        ...
+
+
 class Optimizer(Protocol):
     """Builds a torch optimizer and says what it costs."""
 
@@ -119,12 +139,15 @@ class Adapter(Protocol):
         """
         ...
 
-    def affine_updates(self) -> Iterator[AffineUpdate]:
+    def affine_updates(self, prefix: str = "") -> Iterator[AffineUpdate]:
         """Yield the exact update of each linear layer that the adapter changes, for each condition.
 
-        Dropout is off. A down projection shared by several layers is yielded with each of them.
+        They come layer by layer, all conditions of one linear layer together, so that who
+        merges them need hold one layer at a time. Dropout is off. A down projection shared by several layers is
+        yielded with each of them.
 
-        :raises NotAffineError: the adapter, as configured, has no affine form.
+        :param prefix: only linear layers whose names begin with it, ``"language."`` or ``"vision."`` for example.
+        :raises NotAffineError: what the adapter, as configured, does to the layers asked for has no affine form.
         """
         ...
 

@@ -18,6 +18,8 @@ from lavintk.registry import Choice
 from lavintk.scoring import evaluation_for
 
 if TYPE_CHECKING:
+    import torch
+
     from lavintk.contracts import EvaluationResult
     from lavintk.data.records import ImageSource, Record
     from lavintk.generate import Sampling
@@ -119,10 +121,11 @@ class Run:
         assert self._assembly is not None
         return self._assembly
 
-    def load(self, device: str | None = None) -> Run:
+    def load(self, device: str | None = None, *, stream: bool = False) -> Run:
         """Load the frozen base, quantize it as in training, and put the trained weights in.
 
         :param device: overrides the recipe's, for example ``"cpu"``.
+        :param stream: hold no linear layers of the language model; each is read again whenever it is needed.
         :raises RunError: the run holds no trained weights, or a frozen model is not the one it was trained on.
         :raises CheckpointError: the weights cannot be read or do not fit.
         """
@@ -136,7 +139,10 @@ class Run:
             raise RunError(f"{self.folder} holds no trained weights yet. {how_to_go_on(self.folder)}")
         target = pick_device(device or self.recipe.train.device)
         dtype = pick_precision(self.recipe.train.precision, target)
-        assembly = build(self.recipe, installed_plugins(), target, dtype, check_base=self.check_base)
+        assembly = build(
+            self.recipe, installed_plugins(), target, dtype,
+            check_base=self.check_base, trained_in=self.trained_in(), stream=stream,
+        )  # fmt: skip
         try:
             load_weights(assembly.model, weights)
         except CheckpointError as error:
@@ -145,6 +151,13 @@ class Run:
         assembly.model.eval()
         self._assembly = assembly
         return self
+
+    def trained_in(self) -> torch.dtype | None:
+        """Return the compute type of the training, or None where none took place here."""
+        import torch
+
+        name = self.manifest.get("precision")
+        return getattr(torch, name) if name in ("float32", "float16", "bfloat16") else None
 
     def check_base(self, found: Mapping[str, Mapping[str, str]]) -> None:
         """Refuse frozen models that are not those the run was trained on: its weights mean nothing to others.

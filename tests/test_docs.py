@@ -30,7 +30,9 @@ from tests.conftest import Outcome
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(
-    path for path in ROOT.rglob("*.md") if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+    path
+    for path in ROOT.rglob("*.md")
+    if not any(part.startswith(".") or part == "node_modules" for part in path.relative_to(ROOT).parts)
 )
 GUIDES = [path for path in PAGES if path.parent == DOCS or path == ROOT / "README.md"]
 FENCE = re.compile(r"(<!-- [^\n]* -->\n)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

@@ -6,11 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import lavintk
+from lavintk.dense import DenseQuantizer
 from lavintk.errors import OutOfMemoryError
+from lavintk.models.language import load_language_model
+from lavintk.models.sources import open_source
 from lavintk.run import Run
 from tests.runs import multimodal, recipe
+from tests.tiny import write_language_model
 
 pytestmark = pytest.mark.gpu
 
@@ -66,3 +71,28 @@ def test_running_out_of_memory_says_what_to_lower_and_loses_nothing(
     monkeypatch.setattr(MultimodalModel, "loss_sum", real)
     resumed = lavintk.train(Run.open(tmp_path / "run").recipe, tmp_path / "run", resume=True)
     assert (resumed.manifest["status"], resumed.manifest["steps"]) == ("finished", 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("trained_in", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_weights_come_to_the_device_bit_by_bit_as_to_a_cpu(
+    tmp_path: Path,
+    stored: torch.dtype,
+    trained_in: torch.dtype | None,
+    dtype: torch.dtype,
+) -> None:
+    folder = write_language_model(tmp_path, "qwen2", hidden_size=256, intermediate_size=4096, num_hidden_layers=6)
+    file = folder / "model.safetensors"
+    save_file({name: tensor.to(stored) for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+
+    def load(device: str) -> dict[str, torch.Tensor]:
+        model = load_language_model(
+            open_source(folder), DenseQuantizer(), device=torch.device(device), dtype=dtype, trained_in=trained_in
+        )
+        return {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+
+    expected, found = load("cpu"), load("cuda")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name

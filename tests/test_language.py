@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lavintk.data.batch import IGNORED, Batch
@@ -95,3 +96,18 @@ def test_rows_stop_on_their_own(folder: Path, rows: list[torch.Tensor]) -> None:
         whole = [step[index] for step in free]
         end = whole.index(stop) + 1 if stop in whole else len(whole)
         assert [s[index] for s in stopped if s[index] is not None] == whole[:end]
+
+
+def test_weights_are_rounded_once_to_the_type_of_training_and_then_to_that_of_computing(tmp_path: Path) -> None:
+    folder = write_language_model(tmp_path)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][:3] = torch.tensor([65504.0, 1.00049, 1e-6])  # rounded twice, the first is infinite
+    save_file(tensors, file, {"format": "pt"})
+    model = load_language_model(
+        open_source(folder), DenseQuantizer(), device=torch.device("cpu"), dtype=torch.bfloat16,
+        trained_in=torch.float16,
+    )  # fmt: skip
+    found = model.state_dict()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor.half().bfloat16()), name

@@ -340,6 +340,7 @@ def test_one_update_is_yielded_for_each_layer_and_is_fp32(llama: LlamaForCausalL
     adapter = attached(multimodal(llama.bfloat16()), r=4, targets="k_proj")
     updates = list(adapter.affine_updates())
     assert [u.linear for u in updates] == [f"language.model.layers.{i}.self_attn.k_proj" for i in (0, 1)]
+    assert [u.linear for u in adapter.affine_updates("language.model.layers.1.")] == [updates[1].linear]
     assert {(u.down.dtype, u.up.dtype) for u in updates} == {(torch.float32, torch.float32)}
     assert (updates[0].down.shape, updates[0].up.shape) == ((4, 32), (16, 4))
 

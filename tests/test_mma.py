@@ -204,10 +204,30 @@ def test_folded_weights_give_the_same_hidden_states(seed: int, placement: str) -
         torch.testing.assert_close(found, expected[index], atol=1e-5, rtol=1e-5)
 
 
-def test_a_visual_router_has_no_affine_form() -> None:
-    model = make_model(MixtureOptions(visual="router"))
-    with pytest.raises(NotAffineError, match="visual=affine"):
-        list(model.adapter.affine_updates())  # type: ignore[union-attr]
+def test_a_visual_router_has_no_affine_form_but_leaves_the_language_model_its_own() -> None:
+    adapter = make_model(MixtureOptions(visual="router_block")).adapter
+    assert adapter is not None
+    for prefix in ("", "vision.", "vision.model.encoder.layers.0.mlp"):
+        with pytest.raises(NotAffineError, match="visual=affine"):
+            list(adapter.affine_updates(prefix))
+    assert {u.linear.split(".")[0] for u in adapter.affine_updates("language.")} == {"language"}
+
+
+def test_updates_come_layer_by_layer_with_all_conditions_of_a_linear_layer_together() -> None:
+    adapter = make_model(MixtureOptions(placement="block")).adapter
+    assert adapter is not None
+    fed = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    expected = [
+        (f"language.model.layers.{i}.{leaf}", condition)
+        for i in (0, 1)
+        for leaf in fed
+        for condition in adapter.conditions
+    ]
+    visual = [(f"vision.model.encoder.layers.{i}.{leaf}", "image") for i in range(4) for leaf in fed[:3]]
+    assert [(u.linear, u.condition) for u in adapter.affine_updates()] == expected + visual
+    assert [(u.linear, u.condition) for u in adapter.affine_updates("language.")] == expected
+    one = [u.linear for u in adapter.affine_updates("vision.model.encoder.layers.2.")]
+    assert one == [f"vision.model.encoder.layers.2.{leaf}" for leaf in fed[:3]]
 
 
 def test_lavins_adapter_without_residual_is_only_for_compat_and_does_not_fold() -> None:

@@ -1,4 +1,4 @@
-"""``lavintk chat``: talk with a trained run in the terminal."""
+"""``lavintk chat``: talk with a trained run or an exported folder in the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from lavintk.answering import RecordAnswerer
     from lavintk.chat import Conversation
+    from lavintk.models.build import Assembly
 
 COMMANDS = "/image PATH shows an image with the next question, /reset starts anew, /exit ends."
 
@@ -24,6 +26,7 @@ COMMANDS = "/image PATH shows an image with the next question, /reset starts ane
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Longest answer.")
 @click.option("--seed", default=0, show_default=True, help="Of the draw.")
 @click.option("--device", help="auto, cpu, cuda or cuda:N.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of an exported folder.")
 def chat(
     run: Path,
     image: Path | None,
@@ -34,26 +37,43 @@ def chat(
     max_new_tokens: int,
     seed: int,
     device: str | None,
+    threads: int | None,
 ) -> None:
-    """Talk with the trained model of RUN. The default temperature and top-p are LaVIN's.
+    """Talk with the trained model of RUN, or of an exported folder. The default temperature and top-p are LaVIN's.
 
     In the conversation /image PATH shows an image with the next question, /reset starts anew, /exit (or Ctrl-D) ends;
     Ctrl-C ends an answer early.
     """
     from lavintk.chat import Conversation, image_file
-    from lavintk.generate import Sampling
-    from lavintk.run import load
+    from lavintk.sampling import Sampling
 
     sampling = Sampling(temperature, top_p, top_k, seed)
     shown = None if image is None else image_file(str(image))
-    assembly = load(run, device=device).assembly
-    conversation = Conversation(assembly, system=system, sampling=sampling, max_new_tokens=max_new_tokens)
+    model = _model(run, device, threads)
+    conversation = Conversation(model, system=system, sampling=sampling, max_new_tokens=max_new_tokens)
     if shown is not None:
         conversation.show(shown)
     if sys.stdin.isatty():
         click.echo(COMMANDS)
     while (line := _read_line()) is not None and line != "/exit":
         _react(conversation, line)
+
+
+def _model(folder: Path, device: str | None, threads: int | None) -> RecordAnswerer | Assembly:
+    """Load a run by torch, an exported folder by onnxruntime."""
+    from lavintk.errors import RunError
+    from lavintk.runtime.manifest import is_export
+
+    if is_export(folder):
+        from lavintk.runtime import load as load_export
+        from lavintk.runtime.sessions import providers_for
+
+        return load_export(folder, providers=providers_for(device), threads=threads)
+    if threads is not None:
+        raise RunError(f"--threads is for exported folders, which {folder} is none of")
+    from lavintk.run import load
+
+    return load(folder, device=device).assembly
 
 
 def _read_line() -> str | None:

@@ -1,4 +1,4 @@
-"""``lavintk eval``: score a trained run, or answers that exist already."""
+"""``lavintk eval``: score a trained run, an exported folder, or answers that exist already."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import click
 
 if TYPE_CHECKING:
     from lavintk.contracts import EvaluationResult
+    from lavintk.run import Run
+    from lavintk.runtime import ExportedModel
 
 COUNTS = ("questions", "unanswered", "unknown_answers", "missing_questions")
 """Scores that are numbers of questions; any other is a share."""
@@ -27,8 +29,11 @@ COUNTS = ("questions", "unanswered", "unknown_answers", "missing_questions")
 )
 @click.option("--predictions", type=click.Path(path_type=Path), help="Score these answers, without RUN and model.")
 @click.option("--max-new-tokens", type=int, help="Longest answer.  [default: the recipe's]")
-@click.option("--batch-size", type=int, help="Rows answered at a time.  [default: the recipe's]")
+@click.option(
+    "--batch-size", type=int, help="Rows answered at a time.  [default: the recipe's; 8 for an exported folder]"
+)
 @click.option("--device", help="auto, cpu, cuda or cuda:N.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of an exported folder.")
 @click.option("--save-predictions", type=click.Path(path_type=Path), help="Write each answer to this JSONL file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
 def evaluate(
@@ -41,10 +46,11 @@ def evaluate(
     max_new_tokens: int | None,
     batch_size: int | None,
     device: str | None,
+    threads: int | None,
     save_predictions: Path | None,
     as_json: bool,
 ) -> None:
-    """Score the trained model of RUN, or with --predictions a file of answers.
+    """Score the trained model of RUN, or with --predictions a file of answers. RUN may be an exported folder.
 
     --predictions takes {"outputs": {id: text}} or {"results": {id: index}} as LLaVA publishes, LaVIN's preds.json, what
     --save-predictions wrote, or (with --evaluation mme) a folder of MME's answer files.
@@ -56,6 +62,7 @@ def evaluate(
         "--max-new-tokens": max_new_tokens,
         "--batch-size": batch_size,
         "--device": device,
+        "--threads": threads,
         "--save-predictions": save_predictions,
     }
     if predictions is not None:
@@ -64,12 +71,10 @@ def evaluate(
         return
     if run is None:
         raise RunError("name the RUN whose model answers, or a file of answers with --predictions")
-    from lavintk.run import load
-
     if save_predictions is not None and not save_predictions.absolute().parent.is_dir():
         folder = save_predictions.absolute().parent
         raise RunError(f"--save-predictions {save_predictions}: the folder {folder} does not exist")
-    result = load(run, device=device).evaluate(
+    result = _scored(run, device, threads).evaluate(
         data,
         split=split,
         evaluation=evaluation,
@@ -81,6 +86,23 @@ def evaluate(
         lines = (json.dumps(vars(p), ensure_ascii=False) for p in result.predictions)
         save_predictions.write_text("\n".join(lines) + "\n", encoding="utf-8")
     _show(result, as_json)
+
+
+def _scored(folder: Path, device: str | None, threads: int | None) -> Run | ExportedModel:
+    """Load a run by torch, an exported folder by onnxruntime."""
+    from lavintk.errors import RunError
+    from lavintk.runtime.manifest import is_export
+
+    if is_export(folder):
+        from lavintk.runtime import load as load_export
+        from lavintk.runtime.sessions import providers_for
+
+        return load_export(folder, providers=providers_for(device), threads=threads)
+    if threads is not None:
+        raise RunError(f"--threads is for exported folders, which {folder} is none of")
+    from lavintk.run import load
+
+    return load(folder, device=device)
 
 
 def _check_without_model(run: Path | None, given: list[str]) -> None:

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED = -100
-"""Label of a token that is not trained."""
-TEXT, IMAGE = 0, 1
-"""Conditions of a row: without and with an image (rows of LaVIN's modality embedding)."""
+from lavintk.data.labels import IGNORED, IMAGE, TEXT
+
+__all__ = ["IGNORED", "IMAGE", "TEXT", "Batch"]
 
 
 @dataclass(frozen=True)

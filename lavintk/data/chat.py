@@ -23,7 +23,7 @@ from lavintk.data.records import Message
 from lavintk.errors import ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from lavintk.data.tokenizer import TextTokenizer
 
 
 class ChatForm:
@@ -33,9 +33,7 @@ class ChatForm:
     :raises ModelError: it fails for a short conversation, or nothing ends an answer.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str | None, image_prefix: str, image_suffix: str
-    ) -> None:
+    def __init__(self, tokenizer: TextTokenizer, template: str | None, image_prefix: str, image_suffix: str) -> None:
         self.tokenizer, self.template = tokenizer, template
         self.image_prefix, self.image_suffix = image_prefix, image_suffix
         self._learn_end(self._probe())

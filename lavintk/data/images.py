@@ -16,6 +16,8 @@ from lavintk.data.records import ImageSource, Record
 from lavintk.errors import DataError, ModelError
 
 if TYPE_CHECKING:
+    from numpy import float32
+    from numpy.typing import NDArray
     from PIL.Image import Image
     from torch import Tensor
 
@@ -84,18 +86,26 @@ class ImageProcessor:
         return cls(size, size, CLIP_MEAN, CLIP_STD, resize or "crop")
 
     def __call__(self, source: ImageSource, record_id: str = "") -> Tensor:
-        """Return ``[3, height, width]`` fp32.
+        """Return :meth:`pixels` as a torch tensor, which shares their memory.
+
+        :raises DataError: the image cannot be read or is too large.
+        """
+        import torch
+
+        return torch.from_numpy(self.pixels(source, record_id))
+
+    def pixels(self, source: ImageSource, record_id: str = "") -> NDArray[float32]:
+        """Return ``[3, height, width]``; needs no torch.
 
         :param record_id: for messages.
         :raises DataError: the image cannot be read or is too large.
         """
         import numpy as np
-        import torch
 
         image = decode(source, record_id, max_pixels=self.max_pixels, transparency=self.transparency)
         scaled = np.asarray(self._resized(image), dtype=np.float32) * np.float32(self.rescale)
         pixels = (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def _resized(self, image: Image) -> Image:
         """Return ``image`` in the size of the result."""

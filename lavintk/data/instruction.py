@@ -21,7 +21,7 @@ from lavintk.data.records import IMAGE_MARKER
 from lavintk.errors import ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from lavintk.data.tokenizer import TextTokenizer
 
 
 class InstructionForm:
@@ -32,7 +32,7 @@ class InstructionForm:
     :param lavin: LaVIN's layout: ``Image: `` and the slots, or ``Image: N/A``, in front of the turns.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, lavin: bool, image_prefix: str, image_suffix: str) -> None:
+    def __init__(self, tokenizer: TextTokenizer, lavin: bool, image_prefix: str, image_suffix: str) -> None:
         if not isinstance(tokenizer.eos_token_id, int):
             raise ModelError("the tokenizer has no EOS token, which the Instruction/Response form ends answers with")
         self.eos, self.lavin = tokenizer.eos_token_id, lavin

@@ -14,7 +14,7 @@ from lavintk.data.records import IMAGE_MARKER, Message
 from lavintk.errors import ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from lavintk.data.tokenizer import TextTokenizer
 
 Span = tuple[int, int]
 """First character and the one after the last."""
@@ -146,7 +146,7 @@ class Encoder:
     :raises ModelError: the tokenizer gives no offsets.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, visual_tokens: int) -> None:
+    def __init__(self, tokenizer: TextTokenizer, visual_tokens: int) -> None:
         from tokenizers import Tokenizer
 
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -196,7 +196,7 @@ class Encoder:
         tokens.add(ids, trained)
 
 
-def _wanted_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def _wanted_bos(tokenizer: TextTokenizer) -> int | None:
     """Return the BOS id if the tokenizer puts one in front by itself."""
     bos = tokenizer.bos_token_id
     with_special: Any = tokenizer("a")["input_ids"]

@@ -16,7 +16,8 @@ from lavintk.errors import DataError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedTokenizerBase
+
+    from lavintk.data.tokenizer import TextTokenizer
 
 TRAINED, IMAGE = "bold green", "magenta"
 TEXT_RUN, TRAINED_RUN, IMAGE_RUN = range(3)
@@ -24,7 +25,7 @@ TEXT_RUN, TRAINED_RUN, IMAGE_RUN = range(3)
 
 def render_preview(
     rows: Sequence[TokenizedRecord],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: TextTokenizer,
     count: int,
     console: Console,
     report: TokenReport | None = None,
@@ -42,7 +43,7 @@ def render_preview(
     console.print(report or TokenReport.of(rows))
 
 
-def render_row(row: TokenizedRecord, tokenizer: PreTrainedTokenizerBase, brackets: bool = False) -> Text:
+def render_row(row: TokenizedRecord, tokenizer: TextTokenizer, brackets: bool = False) -> Text:
     """Return the text of a row with its trained parts marked and images shown by their size.
 
     :param brackets: mark by « and » besides the colour.
@@ -75,7 +76,7 @@ def _runs(row: TokenizedRecord) -> Iterator[tuple[int, int, int]]:
         start = end
 
 
-def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int], start: int) -> str:
+def _decoded(tokenizer: TextTokenizer, ids: list[int], start: int) -> str:
     """Return the text of ``ids[start:]``; decoders trim the first token, so what is before is decoded too."""
     whole, before, alone = (
         str(tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -10,22 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavintk.data.batch import IGNORED, IMAGE, TEXT
 from lavintk.data.chat import ChatForm
 from lavintk.data.instruction import InstructionForm
+from lavintk.data.labels import IGNORED, IMAGE, TEXT
 from lavintk.data.layout import Encoder, Form, Layout, Messages, RefusedError, SlotsPiece
 from lavintk.data.records import IMAGE_MARKER, Message, Record
 from lavintk.data.tokenize import TokenizedRecord
 from lavintk.errors import DataError, ModelError, did_you_mean
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from lavintk.data.tokenizer import TextTokenizer
 
 KINDS = ("auto", "chat", "lavin", "plain")
 
 
 def make_template(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: TextTokenizer,
     kind: str = "auto",
     system: str | None = None,
     *,
@@ -56,7 +56,7 @@ def make_template(
     return Template(Encoder(tokenizer, visual_tokens), form, kind, system)
 
 
-def _chat_template(tokenizer: PreTrainedTokenizerBase, kind: str) -> str | None:
+def _chat_template(tokenizer: TextTokenizer, kind: str) -> str | None:
     """Return the text of a template file, or None for the tokenizer's own."""
     if kind == "chat":
         if not tokenizer.chat_template:

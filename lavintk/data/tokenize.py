@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from lavintk.data.batch import IGNORED
+from lavintk.data.labels import IGNORED
 from lavintk.data.records import ImageSource, Record
 from lavintk.errors import DataError
 
@@ -24,9 +24,9 @@ class TokenizedRecord:
 
     :param input_ids: T ids; visual slots hold any id.
     :param labels: T ids, already shifted: ``labels[i]`` is what token ``i`` must predict, or
-        :data:`~lavintk.data.batch.IGNORED`.
+        :data:`~lavintk.data.labels.IGNORED`.
     :param visual_slots: where in ``input_ids`` the visual tokens go, images in order.
-    :param condition: :data:`~lavintk.data.batch.TEXT` or :data:`~lavintk.data.batch.IMAGE`.
+    :param condition: :data:`~lavintk.data.labels.TEXT` or :data:`~lavintk.data.labels.IMAGE`.
     :param trained: number of labels that are not ignored.
     :param straddling: tokens across the boundary of an answer, which are not trained.
     :param last_turn_only: the template rewrites history, so only the last answer is trained.

@@ -54,10 +54,14 @@ def build(
     dtype: torch.dtype,
     progress: Progress | None = None,
     check_base: Callable[[Mapping[str, Mapping[str, str]]], None] | None = None,
+    trained_in: torch.dtype | None = None,
+    stream: bool = False,
 ) -> Assembly:
     """Load the frozen models, quantize, join them and attach the recipe's adapter, untrained.
 
     :param check_base: called with the fingerprints by role before any weights are read; what it raises ends the work.
+    :param trained_in: the compute type of a training that took place already; see
+        :func:`~lavintk.models.language.load_language_model`, as for ``stream``.
     :raises LavintkError: weights, tokenizer or options do not fit; nothing is left on the device.
     """
     quantizer = plugins.quantizers.create(recipe.quant)
@@ -73,11 +77,12 @@ def build(
 
     with enough_memory(device, "while loading the model", advice):
         language: Any = load_language_model(
-            sources["language"], quantizer, device=device, dtype=dtype, progress=progress
-        )
+            sources["language"], quantizer, device=device, dtype=dtype, progress=progress,
+            trained_in=trained_in, stream=stream,
+        )  # fmt: skip
         tower, connector = None, None
         if "vision" in sources:
-            vision = load_vision_model(sources["vision"], device=device, dtype=dtype)
+            vision = load_vision_model(sources["vision"], device=device, dtype=dtype, trained_in=trained_in)
             tower, connector = connect(vision, recipe.model, language.config.hidden_size)
             connector.to(device)
         model = MultimodalModel(language, tower, connector)

@@ -93,12 +93,12 @@ class DeltaSource:
         """Return the bytes of a tensor in both."""
         return self.base.tensor_nbytes(name) + (0 if _is_buffer(name) else self.delta.tensor_nbytes(name))
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
         """Return base plus delta, summed in fp32, in the type of the base.
 
         :raises CheckpointError: the data cannot be read.
         """
-        value = self.base.read(name)
+        value = self.base.read(name, into)
         if _is_buffer(name):
             return value
         change = self.delta.read(name).float()

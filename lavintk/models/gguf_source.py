@@ -217,7 +217,7 @@ class GGUFSource:
         """Return the quantized bytes of one tensor."""
         return self._tensors[name].nbytes
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
         """Return a tensor dequantized to fp32, query and key rows in Hugging Face's order.
 
         :raises CheckpointError: the file cannot be read any more.

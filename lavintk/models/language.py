@@ -7,9 +7,8 @@ layer of the stack, and forgotten; so neither host nor device ever holds the 16-
 from __future__ import annotations
 
 import re
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -18,9 +17,10 @@ from torch import Tensor, nn
 from lavintk.contracts import Quantizer
 from lavintk.dense import DenseQuantizer
 from lavintk.errors import ModelError
-from lavintk.layers import FrozenLinear
+from lavintk.layers import FrozenLinear, PackedWeight
 from lavintk.models.attention import IMPLEMENTATION
 from lavintk.models.sources import WeightSource, check_names
+from lavintk.models.staging import places, read_ahead
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -47,16 +47,26 @@ def load_language_model(
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress | None = None,
+    trained_in: torch.dtype | None = None,
+    stream: bool = False,
+    readers: int | None = None,
 ) -> nn.Module:
     """Return transformers' causal LM with frozen, quantized linear layers on ``device``.
 
     Embedding, norms and output head are kept in ``dtype``.
 
+    :param trained_in: weights are rounded to this type first, so that they are quantized to the same codes as where
+        the model was trained.
+    :param stream: linear layers are read and quantized whenever they are asked for, instead of being held.
+    :param readers: threads that read; None means as many as suit the device.
     :raises ModelError: not a Llama-like decoder.
     :raises CheckpointError: tensors missing, unexpected, misshapen or unreadable; all listed.
     """
     model, ignore = _empty_language_model(source, dtype)
-    fill(model, source, quantizer, LANGUAGE_STACK, ignore, device=device, dtype=dtype, progress=progress)
+    fill(
+        model, source, quantizer, LANGUAGE_STACK, ignore,
+        device=device, dtype=dtype, progress=progress, trained_in=trained_in, stream=stream, readers=readers,
+    )  # fmt: skip
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     # its frequencies are a buffer that no checkpoint holds
@@ -92,7 +102,12 @@ def _empty_language_model(source: WeightSource, dtype: torch.dtype) -> tuple[Any
 
 
 def load_vision_model(
-    source: WeightSource, *, device: torch.device, dtype: torch.dtype, quantizer: Quantizer | None = None
+    source: WeightSource,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantizer: Quantizer | None = None,
+    trained_in: torch.dtype | None = None,
 ) -> nn.Module:
     """Return ``CLIPVisionModel`` or ``SiglipVisionModel`` from a vision folder or from a whole CLIP's.
 
@@ -100,7 +115,10 @@ def load_vision_model(
     :raises CheckpointError: see :func:`load_language_model`.
     """
     model, bare, ignore = _empty_vision_model(source, dtype)
-    fill(model, bare, quantizer or DenseQuantizer(), VISION_STACK, ignore, device=device, dtype=dtype)
+    fill(
+        model, bare, quantizer or DenseQuantizer(), VISION_STACK, ignore,
+        device=device, dtype=dtype, trained_in=trained_in,
+    )  # fmt: skip
     embeddings = model.embeddings
     embeddings.position_ids = torch.arange(embeddings.position_embedding.weight.shape[0], device=device)[None]
     return cast(nn.Module, model.requires_grad_(False))
@@ -174,9 +192,9 @@ class Prefixless:
         """Return the bytes of one tensor."""
         return self._source.tensor_nbytes(self._stored[name])
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
         """Read one tensor."""
-        return self._source.read(self._stored[name])
+        return self._source.read(self._stored[name], into)
 
 
 def fill(
@@ -189,12 +207,18 @@ def fill(
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress | None = None,
+    trained_in: torch.dtype | None = None,
+    stream: bool = False,
+    readers: int | None = None,
 ) -> None:
     """Give every parameter of ``model`` (on the meta device) its value from ``source``.
 
     :param stack: linear layers whose name starts so become frozen layers made by ``quantizer``; the rest of the
         parameters are stored in ``dtype``.
     :param ignore: names that may be absent or superfluous.
+    :param trained_in: see :func:`load_language_model`.
+    :param stream: put :class:`StreamedLinear` in place of ``quantizer``'s layers.
+    :param readers: see :func:`load_language_model`.
     """
     expected = _shapes(model)
     check_names(source, expected, ignore)  # type: ignore[arg-type]
@@ -204,46 +228,108 @@ def fill(
     waiting: dict[str, Tensor] = {}  # biases, which come before their weights
     # layer by layer, so that what has been read is soon complete and a progress bar moves evenly
     names = sorted((name for name in expected if name in present), key=_in_order)
-    for name, tensor in read_ahead(source, names, dtype):
-        module_name, _, leaf = name.rpartition(".")
-        tensor = tensor.to(device)
-        if module_name not in linears:
-            setattr(model.get_submodule(module_name), leaf, nn.Parameter(tensor, requires_grad=False))
-        elif leaf == "bias":
-            waiting[module_name] = tensor
-        else:
-            _put(model, module_name, quantizer.quantize(tensor, waiting.pop(module_name, None)))
-        del tensor
-        done += source.tensor_nbytes(name)
-        if progress is not None:
-            progress(done, total)
+    first, on_cpu = trained_in or dtype, device.type == "cpu"
+
+    def rounded(tensor: Tensor) -> Tensor:
+        return tensor.to(first).to(dtype)
+
+    def read(name: str, into: Tensor | None = None) -> Tensor:
+        stored = source.read(name, into)
+        if on_cpu:
+            return rounded(stored)  # by the threads that read
+        # the device casts faster, but what becomes narrower would take room there beside its copy
+        return stored.to(first) if first.itemsize < stored.dtype.itemsize else stored
+
+    if stream:
+        _stream(model, linears, names, lambda name: rounded(source.read(name)), quantizer)
+        names = [name for name in names if name.rpartition(".")[0] not in linears]
+    sizes = [(name, source.tensor_nbytes(name)) for name in names]
+    with places(device, readers) as ring:
+        for name, tensor in read_ahead(read, sizes, ring):
+            module_name, _, leaf = name.rpartition(".")
+            tensor = tensor if on_cpu else rounded(tensor)
+            if module_name not in linears:
+                setattr(model.get_submodule(module_name), leaf, nn.Parameter(tensor, requires_grad=False))
+            elif leaf == "bias":
+                waiting[module_name] = tensor
+            else:
+                _put(model, module_name, quantizer.quantize(tensor, waiting.pop(module_name, None)))
+            del tensor
+            done += source.tensor_nbytes(name)
+            if progress is not None:
+                progress(done, total)
 
 
-def read_ahead(
-    source: WeightSource | Prefixless, names: list[str], dtype: torch.dtype, ahead: int = 3
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield ``(name, tensor)`` in order, reading from disk while the caller quantizes.
+def _stream(
+    model: nn.Module,
+    linears: dict[str, nn.Linear],
+    names: list[str],
+    read: Callable[[str], Tensor],
+    quantizer: Quantizer,
+) -> None:
+    """Put a layer in the place of each of ``linears`` that reads its weight when it is asked."""
+    recent = RecentLayers()
+    for name, linear in linears.items():
+        bias = read(f"{name}.bias") if f"{name}.bias" in names else None
 
-    Two threads read, neighbours on disk at a time, and cast to ``dtype``, so that disk, host and device do not wait for
-    each other. At most ``ahead`` tensors are held besides the caller's.
+        def make(name: str = name, bias: Tensor | None = bias) -> FrozenLinear:
+            return quantizer.quantize(read(f"{name}.weight"), bias)
+
+        _put(model, name, StreamedLinear(linear.out_features, linear.in_features, bias, make, recent))
+
+
+class RecentLayers:
+    """The layers that were asked for last: who goes through a model layer by layer asks for one several times."""
+
+    def __init__(self, kept: int = 8) -> None:
+        self._kept = kept
+        self._layers: OrderedDict[int, FrozenLinear] = OrderedDict()
+
+    def get(self, key: int, make: Callable[[], FrozenLinear]) -> FrozenLinear:
+        """Return the layer of ``key``, made anew unless it is among those kept."""
+        if key in self._layers:
+            self._layers.move_to_end(key)
+            return self._layers[key]
+        while len(self._layers) >= self._kept:  # before the new one is made, so that one less is in memory
+            self._layers.popitem(last=False)
+        self._layers[key] = layer = make()
+        return layer
+
+
+class StreamedLinear(FrozenLinear):
+    """A frozen layer that is read from the checkpoint and quantized whenever it is needed, and soon forgotten.
+
+    For going through a model that is too large for memory, layer by layer. Its ``state_dict`` holds the bias only.
     """
 
-    def read(name: str) -> Tensor:
-        return source.read(name).to(dtype)
+    graph_safe = False
 
-    pool = ThreadPoolExecutor(2, thread_name_prefix="lavintk-weights")
-    pending: deque[tuple[str, Future[Tensor]]] = deque()
-    try:
-        for name in names:
-            pending.append((name, pool.submit(read, name)))
-            if len(pending) >= ahead:
-                ready, future = pending.popleft()
-                yield ready, future.result()
-        while pending:
-            ready, future = pending.popleft()
-            yield ready, future.result()
-    finally:  # also when quantizing fails
-        pool.shutdown(wait=False, cancel_futures=True)
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        bias: Tensor | None,
+        make: Callable[[], FrozenLinear],
+        recent: RecentLayers,
+    ) -> None:
+        super().__init__(out_features, in_features, bias)
+        self._make, self._recent = make, recent
+
+    def layer(self) -> FrozenLinear:
+        """Return the quantized layer."""
+        return self._recent.get(id(self), self._make)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight ``[out, in]``."""
+        return self.layer().dequantize(dtype)
+
+    def packed(self) -> PackedWeight:
+        """Describe the quantized layer's storage."""
+        return self.layer().packed()
+
+    def bits_per_weight(self) -> float:
+        """Return the bits that the quantized layer stores per weight."""
+        return self.layer().bits_per_weight()
 
 
 def _put(model: nn.Module, name: str, layer: FrozenLinear) -> None:

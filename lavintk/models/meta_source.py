@@ -95,15 +95,16 @@ class Pieces:
         """Bytes that are read."""
         return sum(piece.nbytes for piece in (self.slices if self.axis is not None else self.slices[:1]))
 
-    def read(self) -> torch.Tensor:
+    def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
         """Return the whole; memory holds it and its slices for a moment.
 
+        :param into: where a whole of one slice is read to.
         :raises EOFError: a file ends before a slice does.
         """
         import torch
 
         if self.axis is None or len(self.slices) == 1:
-            return read_tensor(self.slices[0])
+            return read_tensor(self.slices[0], into)
         return torch.cat([read_tensor(piece) for piece in self.slices], dim=self.axis)
 
 
@@ -180,14 +181,14 @@ class MetaSource:
         """Return the bytes that reading one tensor takes from disk."""
         return self._pieces[name].nbytes
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
         """Return a tensor in the type it is stored in, its rows in transformers' order.
 
         :raises CheckpointError: a file changed or cannot be read any more.
         """
         pieces = self._pieces[name]
         try:
-            value = pieces.read()
+            value = pieces.read(into)
         except (OSError, EOFError) as error:
             raise CheckpointError(self.description, [f"{name}: {error}"]) from error
         if name.endswith(".q_proj.weight"):

@@ -110,6 +110,8 @@ class MultimodalModel(nn.Module):
         self.context = ContextHolder()
         self.checkpointing = False
         self._linears = {n: m for n, m in self.named_modules() if isinstance(m, FrozenLinear)}
+        connected = set() if connector is None else {id(p) for p in connector.parameters()}
+        self._frozen = {n: p for n, p in self.named_parameters() if id(p) not in connected}
 
     @property
     def hidden_size(self) -> int:
@@ -139,6 +141,10 @@ class MultimodalModel(nn.Module):
     def linears(self) -> dict[str, FrozenLinear]:
         """Return the frozen linear layers by the name they had before anything was attached."""
         return dict(self._linears)
+
+    def frozen_parameters(self) -> dict[str, nn.Parameter]:
+        """Return embeddings, norms and head by the name they had before anything was attached."""
+        return dict(self._frozen)
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put ``module`` in place of the submodule ``name``."""

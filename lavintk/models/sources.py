@@ -55,11 +55,14 @@ class WeightSource(Protocol):
         """Return the bytes on disk of one tensor."""
         ...
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
         """Return a tensor on the CPU in the type it is stored in; quantized GGUF tensors come back in fp32.
 
         Nothing is kept: memory holds the tensor as long as the caller does.
 
+        :param into: uint8 ``[n]``, ``n`` at least :meth:`tensor_nbytes`, in which the result may lie, to save making
+            memory for it: the caller must be done with the result before using those bytes otherwise. A source that
+            computes its values ignores it.
         :raises CheckpointError: the data cannot be read.
         """
         ...
@@ -233,8 +236,8 @@ class FileSource:
         """Return the bytes of one tensor."""
         return self._tensors[name].nbytes
 
-    def read(self, name: str) -> torch.Tensor:
-        """Return a tensor in the type it is stored in.
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Return a tensor in the type it is stored in, in ``into`` if that is given.
 
         It is read plainly, front to back, instead of through a memory map: a map's page faults leave a fast disk
         idle half of the time, and its pages would count as memory of this process.
@@ -243,7 +246,7 @@ class FileSource:
         """
         tensor = self._tensors[name]
         try:
-            return read_tensor(tensor)
+            return read_tensor(tensor, into)
         except (OSError, EOFError) as error:
             raise CheckpointError(self.description, [f"{name} in {tensor.file.name}: {error}"]) from error
 
@@ -477,29 +480,26 @@ def _promised_size(file: Path) -> int | None:
             return None
 
 
-def read_tensor(tensor: StoredTensor) -> torch.Tensor:
-    """Read one tensor of a file into memory of its own.
+def read_tensor(tensor: StoredTensor, into: torch.Tensor | None = None) -> torch.Tensor:
+    """Read one tensor of a file, into memory of its own or into ``into``, uint8 of at least as many bytes.
 
     :raises EOFError: the file ends before the tensor does.
     """
     import torch
 
     dtype = getattr(torch, DTYPES[tensor.dtype])
-    if tensor.stride is not None:
-        flat = torch.empty(tensor.nbytes // dtype.itemsize, dtype=dtype)
-        _read_into(flat, tensor)
-        return flat.as_strided(tensor.shape, tensor.stride).contiguous()
-    value = torch.empty(tensor.shape, dtype=dtype)
-    _read_into(value, tensor)
-    return value
+    memory = torch.empty(tensor.nbytes, dtype=torch.uint8) if into is None else into[: tensor.nbytes]
+    _read_into(memory, tensor)
+    values = memory.view(dtype)
+    if tensor.stride is None:
+        return values.view(tensor.shape)
+    return values.as_strided(tensor.shape, tensor.stride, values.storage_offset()).contiguous()
 
 
-def _read_into(value: torch.Tensor, tensor: StoredTensor) -> None:
-    import torch
-
+def _read_into(memory: torch.Tensor, tensor: StoredTensor) -> None:
     if not tensor.nbytes:
         return
-    target = memoryview(value.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    target = memoryview(memory.numpy())  # type: ignore[arg-type]
     with tensor.file.open("rb", buffering=0) as file:
         file.seek(tensor.begin)
         done = 0

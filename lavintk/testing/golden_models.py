@@ -42,7 +42,7 @@ class MemorySource:
         """Return the bytes of one tensor."""
         return self._tensors[name].nbytes
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
         """Return a tensor."""
         return self._tensors[name]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lavintk.layers import FrozenLinear, PackedWeight, checked_weight
+from lavintk_int4.calibrated import checked_moment, output_error, round_with_feedback
 from lavintk_int4.search import Search, column_importance, quantize_blocks
 
 PIECES = {"cpu": 1 << 18, "cuda": 1 << 24}
@@ -46,6 +47,27 @@ class Int4Quantizer:
             self._fill(layer, rows, weight[rows], importance)
         return layer
 
+    def quantize_calibrated(self, weight: Tensor, bias: Tensor | None, second_moment: Tensor) -> Int4Linear:
+        """Return the layer rounded for its inputs; see :class:`lavintk.contracts.CalibratedQuantizer`.
+
+        The search ``balanced`` weighs errors by the inputs' squares here, which it guesses at otherwise. Rows that
+        error feedback does not help are those of :meth:`quantize`.
+
+        :raises ModelError: as :meth:`quantize`, or the second moment does not fit or is not finite.
+        """
+        layer = self.quantize(weight, bias)
+        moment = checked_moment(second_moment, weight.shape[1])
+        columns, plain = (self._filled_up(w.float()).t().contiguous() for w in (weight.detach(), layer.dequantize()))
+        missing = len(columns) - len(moment)
+        moment = F.pad(moment, (0, missing, 0, missing))
+        blocks = round_with_feedback(columns, moment, self.block_size, self.search)
+        better = output_error(blocks.dequantize() - columns, moment) < output_error(plain - columns, moment)
+        codes = (blocks.codes[0::2] | blocks.codes[1::2] << 4).t().reshape(layer.codes.shape)
+        layer.codes[better] = codes[better]
+        layer.scales[better] = blocks.scales.t()[better]
+        layer.zero_points[better] = _paired(blocks.zero_points.t())[better]
+        return layer
+
     def empty(self, out_features: int, in_features: int, bias: bool, device: torch.device) -> Int4Linear:
         """Return a layer with undefined content and an fp32 bias.
 
@@ -67,13 +89,21 @@ class Int4Quantizer:
         codes, scales, zero_points = quantize_blocks(self._in_columns(weight.float()), self.search, importance)
         layer.codes[rows] = (codes[0::2] | codes[1::2] << 4).t().reshape(count, blocks, half)
         layer.scales[rows] = scales.view(count, blocks)
-        even = F.pad(zero_points.view(count, blocks), (0, blocks % 2))
-        layer.zero_points[rows] = even[:, 0::2] | even[:, 1::2] << 4
+        layer.zero_points[rows] = _paired(zero_points.view(count, blocks))
 
     def _in_columns(self, rows: Tensor) -> Tensor:
         """Return ``[rows, in]`` as ``[block_size, rows * blocks]``, rows filled up with zeros."""
-        padded = F.pad(rows, (0, -rows.shape[1] % self.block_size))
-        return padded.reshape(-1, self.block_size).t().contiguous()
+        return self._filled_up(rows).reshape(-1, self.block_size).t().contiguous()
+
+    def _filled_up(self, rows: Tensor) -> Tensor:
+        """Return ``[rows, in]`` with as many zeros behind each row as its last block lacks."""
+        return F.pad(rows, (0, -rows.shape[1] % self.block_size))
+
+
+def _paired(zero_points: Tensor) -> Tensor:
+    """Return zero points ``[rows, blocks]`` two to a byte, the first in the low nibble."""
+    even = F.pad(zero_points, (0, zero_points.shape[1] % 2))
+    return even[:, 0::2] | even[:, 1::2] << 4
 
 
 class Int4Linear(FrozenLinear):

@@ -96,7 +96,8 @@ class LoraAdapter:
         """
         load_lora(folder, dict(self.named_parameters()), self.options)
 
-    def affine_updates(self) -> Iterator[AffineUpdate]:
+    def affine_updates(self, prefix: str = "") -> Iterator[AffineUpdate]:
         """Yield A and scale * B of each layer; the same under every condition."""
         for name, layer in self.layers.items():
-            yield AffineUpdate(name, "all", layer.down.detach(), layer.scale * layer.up.detach())
+            if name.startswith(prefix):
+                yield AffineUpdate(name, "all", layer.down.detach(), layer.scale * layer.up.detach())

@@ -28,6 +28,7 @@ WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
 CONDITIONS = ("text", "image")
 ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 FEED_FORWARD_INPUTS = ("mlp.gate_proj", "mlp.up_proj")
+VISION_FEED_FORWARD_INPUTS = ("mlp.fc1",)
 
 
 class RoutedNorm(nn.Module):
@@ -216,21 +217,26 @@ class MixtureOfModalityAdapter(nn.Module):
         """Return the model's trainable name of each of LaVIN's names; None where there is none."""
         return original.pair_with_original(self._attached(), names)
 
-    def affine_updates(self) -> Iterator[AffineUpdate]:
+    def affine_updates(self, prefix: str = "") -> Iterator[AffineUpdate]:
         """Yield what the adapters add to each linear layer they feed, per modality (RepAdapter's fold).
 
         The adapter maps the normed state x to ``x + up (down x) + k``; a linear layer W behind it sees the update
         ``(W up) (down x) + W k``.
         """
-        tables = self.routing()
-        for condition, name in enumerate(CONDITIONS):
-            for key, adapter in self.language.items():
-                index, place = key.split("_")
-                down, up, bias = cast(RoutedAdapter, adapter).affine(tables[key][condition])
-                leaves = ATTENTION_INPUTS if place == "attn" else FEED_FORWARD_INPUTS
-                for leaf in leaves:
-                    yield self._through(f"language.model.layers.{index}.{leaf}", name, down, up, bias)
-        yield from self._visual_updates()
+        visual = self._fed(self.visual, "vision.model.encoder.layers", VISION_FEED_FORWARD_INPUTS, prefix)
+        if visual:
+            self._check_visual_folds()
+        language = self._fed(self.language, "language.model.layers", FEED_FORWARD_INPUTS, prefix)
+        tables = self.routing() if language else {}
+        for key, names in language.items():
+            adapter = cast(RoutedAdapter, self.language[key])
+            effects = {name: adapter.affine(weights) for name, weights in zip(CONDITIONS, tables[key])}
+            for name in names:
+                yield from self._through(name, effects)
+        for key, names in visual.items():
+            effects = {"image": cast(AffineAdapter, self.visual[key]).affine()}
+            for name in names:
+                yield from self._through(name, effects)
 
     @torch.no_grad()
     def routing(self) -> dict[str, Tensor]:
@@ -281,24 +287,35 @@ class MixtureOfModalityAdapter(nn.Module):
             wrapped = FirstImageNorm(inner, routed) if o.compat == "lavin" else ClassTokenNorm(inner, routed)
         setattr(block, norm, wrapped)
 
-    def _visual_updates(self) -> Iterator[AffineUpdate]:
-        if self.visual and self.options.visual == "normal":
+    @staticmethod
+    def _fed(adapters: nn.ModuleDict, layers: str, feed_forward: tuple[str, ...], prefix: str) -> dict[str, list[str]]:
+        """Return by adapter the linear layers that it feeds and whose names begin with ``prefix``."""
+        fed = {}
+        for key in adapters:
+            index, place = key.split("_")
+            leaves = ATTENTION_INPUTS if place == "attn" else feed_forward
+            names = [f"{layers}.{index}.{leaf}" for leaf in leaves]
+            if names := [name for name in names if name.startswith(prefix)]:
+                fed[key] = names
+        return fed
+
+    def _check_visual_folds(self) -> None:
+        if self.options.visual == "normal":
             raise NotAffineError(
                 "visual adapters of kind 'normal' replace the linear layers' input instead of adding to it and have no "
                 "low-rank update; train with --adapter mma:visual=affine to export them folded"
             )
-        if self.visual and self.options.visual != "affine":
+        if self.options.visual != "affine":
             raise NotAffineError(
                 f"visual adapters of kind {self.options.visual!r} depend on the image and do not fold; "
                 "train with --adapter mma:visual=affine to export them folded"
             )
-        for key, adapter in self.visual.items():
-            index = key.split("_")[0]
-            down, up, bias = cast(AffineAdapter, adapter).affine()
-            for leaf in ATTENTION_INPUTS:
-                yield self._through(f"vision.model.encoder.layers.{index}.{leaf}", "image", down, up, bias)
 
-    def _through(self, name: str, condition: str, down: Tensor, up: Tensor, bias: Tensor) -> AffineUpdate:
-        with torch.no_grad():
-            weight = self._linears[name].dequantize(torch.float32)
-            return AffineUpdate(name, condition, down.detach().clone(), weight @ up, weight @ bias)
+    @torch.no_grad()
+    def _through(self, name: str, effects: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> list[AffineUpdate]:
+        """Return, for each condition, what ``(down, up, bias)`` in front of a linear layer adds behind it."""
+        weight = self._linears[name].dequantize(torch.float32)
+        return [
+            AffineUpdate(name, condition, down.detach().clone(), weight @ up, weight @ bias)
+            for condition, (down, up, bias) in effects.items()
+        ]

@@ -1,0 +1,327 @@
+"""From a run to a folder: which grid, which form of the adapter, then graphs, settings and provenance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from fnmatch import fnmatch
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+from torch import Tensor
+
+from lavintk import __version__
+from lavintk.errors import ModelError
+from lavintk.registry import Choice
+from lavintk_onnx.decoder import PREFIX, DecoderPlan, DecoderWriter, ErrorSum, Quantizers
+from lavintk_onnx.embedding import StoredTable, lookup, store_table, write_embedding_graphs
+from lavintk_onnx.folder import FolderDescription, write_folder
+from lavintk_onnx.graph import DataFile, GraphBuilder
+from lavintk_onnx.grids import Grid, StoredMatrix, encode, encode_layer, quantizer_for
+from lavintk_onnx.options import OnnxOptions
+from lavintk_onnx.updates import effective_weight
+from lavintk_onnx.vision import VisionGrid, write_vision
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from lavintk.models.build import Assembly
+    from lavintk.models.multimodal import MultimodalModel
+    from lavintk.run import Run
+
+FORMAT = 1
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "int4": "_q4", "nf4": "_bnb4"}
+"""What the names of graphs end in, as transformers.js looks for them."""
+TRAINED_SCHEMES = {"int4-block": "int4", "nf4": "nf4", "int8-row": "int8"}
+"""Grids on which a trained base can be copied, by what its layers call their storage."""
+LONGEST_CONTEXT = 32768
+CLEARLY_LESS = 0.9
+"""A side path costs time, so it has to leave at most this share of the error that merging leaves."""
+
+
+class OnnxExporter:
+    """Writes the folder; see :class:`lavintk.contracts.Exporter`."""
+
+    def __init__(self, options: OnnxOptions) -> None:
+        self.options = options
+        for package in ("onnx", "onnx_ir"):  # used late; that one is missing should show before a model is loaded
+            import_module(package)
+
+    def export(self, run: Run, out: Path) -> None:
+        """Write ``run`` into the new folder ``out``.
+
+        :raises ModelError: the architecture or the adapter has no form in ONNX.
+        """
+        (out / "onnx").mkdir()
+        assembly, report = self._load(run)
+        model = assembly.model
+        _check_manner(model)
+        grid, reason = self._grid(model, run)
+        click.echo(f"linear layers: {grid} ({reason})")
+        merge, why = self._adapter_form(model, grid)
+        if model.adapter is not None:
+            click.echo(f"adapter: {'merge' if merge else 'side'} ({why})")
+        writing = _Writing(self.options, assembly, grid, merge, out)
+        writing.write()
+        _describe(run, assembly, writing, reason, why, report)
+
+    def _load(self, run: Run) -> tuple[Assembly, dict[str, Any]]:
+        """Load the model; where its grid changes to int4, round it with the training data in mind."""
+        target = self.options.quant
+        changes = target == "int4" and run.recipe.quant.name != "int4"
+        if not changes or not (self.options.calibrate or self.options.retune):
+            return run.load("cpu", stream=True).assembly, {}
+        from rich.console import Console
+
+        from lavintk.requantize import requantize_run
+
+        run.load("cpu")
+        report = requantize_run(
+            run, Choice("int4"), rows=self.options.calibrate, retune_steps=self.options.retune, console=Console()
+        )
+        click.echo(f"rounded to int4 with {report.rows} training rows in mind: {report.rounded}")
+        if report.retuned is not None:
+            click.echo(f"after {report.steps} steps of tuning: {report.retuned}")
+        return run.assembly, {"requantized": asdict(report)}
+
+    def _grid(self, model: MultimodalModel, run: Run) -> tuple[Grid, str]:
+        scheme = next(iter(model.linears().values())).packed().scheme
+        trained = TRAINED_SCHEMES.get(scheme)
+        if self.options.quant != "keep":
+            slow = "; on a CPU each product unpacks the whole weight, many times slower than int4" * (
+                self.options.quant == "nf4"
+            )
+            return self.options.quant, f"as asked; trained on {trained or scheme}{slow}"
+        if trained == "int4":
+            return "int4", "the grid it was trained on, copied"
+        if trained == "nf4":
+            return "int8", "it was trained on nf4, which int8 keeps and which is slow on a CPU itself"
+        return "int8", f"the base was trained as {trained or scheme}"
+
+    def _adapter_form(self, model: MultimodalModel, grid: Grid) -> tuple[bool, str]:
+        """Return whether to merge, and why: the form that leaves the weights nearer to the trained ones."""
+        if model.adapter is None or self.options.adapter != "auto":
+            return self.options.adapter == "merge", "as asked"
+        merged, side = _errors_of_forms(model, grid)
+        if merged is None or side is None:
+            return True, "it changes no linear layer"
+        merge = not side < CLEARLY_LESS * merged
+        found = f"relative error of changed weights {merged:.1e} merged, {side:.1e} beside the base"
+        if merge and len(model.adapter.conditions) > 1 and side <= merged * 1.001:
+            return False, f"{found}; beside it, both modalities share all weights"
+        return merge, found
+
+
+def _errors_of_forms(model: MultimodalModel, grid: Grid) -> tuple[float | None, float | None]:
+    """Return the relative error of the weights that the adapter changes in the first layer it changes."""
+    assert model.adapter is not None
+    quantize = quantizer_for(grid)
+    linears, merged, side = model.linears(), ErrorSum(), ErrorSum()
+    first: str | None = None
+    for update in model.adapter.affine_updates("language."):
+        layer_name = update.linear.rsplit(".", 2)[0]
+        first = first or layer_name
+        if layer_name != first:
+            break
+        layer = linears[update.linear]
+        exact = effective_weight(layer, update)
+        merged.add(encode(exact, grid, quantize), exact, exact)
+        side.add(encode_layer(layer, grid, quantize), effective_weight(layer, None), exact)
+    return merged.relative, side.relative
+
+
+def _check_manner(model: MultimodalModel) -> None:
+    """Refuse what the graphs cannot express.
+
+    :raises ModelError: tokens are decoded at other positions than they would have in a prompt.
+    """
+    if model.manner.decode_shift:
+        raise ModelError(
+            "this run imitates LaVIN's generator, which decodes at shifted positions (adapter option compat=lavin); "
+            "the exported graphs count positions themselves and cannot. Train or import with compat=none."
+        )
+
+
+class _Writing:
+    """Writes the graphs of one folder."""
+
+    def __init__(self, options: OnnxOptions, assembly: Assembly, grid: Grid, merge: bool, out: Path) -> None:
+        self.options, self.assembly, self.model, self.grid, self.merge = options, assembly, assembly.model, grid, merge
+        self.folder, self.suffix = out / "onnx", SUFFIXES[grid]
+        self.out = out
+        config = self.model.language.config
+        longest = int(getattr(config, "max_position_embeddings", LONGEST_CONTEXT))
+        self.context = min(options.context_length or LONGEST_CONTEXT, longest)
+        # only fp32 folders have to be exact; others keep the table in 8 bits, which moves logits by little
+        plain: Grid = grid if grid in ("fp32", "fp16") else "int8"
+        self.embed: Grid = plain if options.embed_quant == "auto" else options.embed_quant
+        self.head: Grid = self.embed if options.head_quant == "auto" else options.head_quant
+        self.vision: VisionGrid = "fp32" if grid == "fp32" else "fp16"
+        if options.vision_quant != "auto":
+            self.vision = options.vision_quant
+        self.graphs: dict[str, str] = {}
+        self.decoders: dict[str, str] = {}
+        self.error: float | None = None
+        self.copied = False
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one table on one grid that both operators read."""
+        whole_blocks = self.model.hidden_size % 64 == 0  # packed zero points of a row fill whole bytes
+        quantized = self.embed in ("int4", "int8") and whole_blocks
+        config = self.model.language.config
+        return bool(config.tie_word_embeddings) and self.embed == self.head and (quantized or self.embed[:2] == "fp")
+
+    def write(self) -> None:
+        """Write decoder, embedding and vision."""
+        seeing = self.model.vision is not None
+        name = f"{'decoder_model_merged' if seeing else 'model'}{self.suffix}.onnx"
+        with DataFile(self.folder / f"{name}_data") as data:
+            head, embedding = None, None
+            if not seeing:
+                head, embedding = self._tables(data)
+            writer = DecoderWriter(self.model, self._plan(), data, embedding)
+            with click.progressbar(length=len(self.model.layers), label="decoder") as bar:
+                writer.write(head, lambda done, total: bar.update(1))
+        self.error, self.copied = writer.error.relative, writer.copied
+        for condition, graph in writer.graphs.items():
+            file = f"decoder_text{self.suffix}.onnx" if condition == "text" and seeing else name
+            if not seeing and condition == "image":
+                continue
+            graph.builder.save(self.folder / file)
+            self.decoders[condition if seeing else "all"] = f"onnx/{file}"
+        self.graphs["decoder"] = f"onnx/{name}"
+        if seeing:
+            self._write_seeing()
+
+    def _plan(self) -> DecoderPlan:
+        grids: tuple[Grid, ...] = ("int4", "nf4")
+        quantizers: Quantizers = {grid: quantize for grid in grids if (quantize := quantizer_for(grid))}
+        patterns = self.options.patterns()
+
+        def grid_of(linear: str) -> Grid:
+            short = linear.replace(PREFIX, "layers")
+            return next((cast("Grid", grid) for pattern, grid in patterns if fnmatch(short, pattern)), self.grid)
+
+        level = self.options.accuracy_level
+        return DecoderPlan(grid_of, self.head, self.merge, level, self.context, quantizers)
+
+    def _tables(self, data: DataFile) -> tuple[StoredMatrix | None, Callable[[GraphBuilder, ir.Value], ir.Value]]:
+        """Store the embedding of a text model; return the head if it is the same table, and what looks ids up."""
+        table = encode(self._embedding(), self.embed, quantizer_for(self.embed))
+        stored = store_table(data, table)
+        head = None
+        if self.tied:
+            head = _as_head(stored)
+        return head, lambda graph, ids: lookup(graph, ids, stored)
+
+    def _embedding(self) -> Tensor:
+        return cast(Tensor, self.model.language.model.embed_tokens.weight.detach())
+
+    def _write_seeing(self) -> None:
+        assert self.assembly.images is not None
+        embed_suffix, vision_suffix = SUFFIXES[self.embed], SUFFIXES[self.vision]
+        files = {
+            "embed_tokens": f"embed_tokens{embed_suffix}.onnx",
+            "embedding": f"embedding{embed_suffix}.onnx",
+            "vision": f"vision_encoder{vision_suffix}.onnx",
+        }
+        self.graphs |= {role: f"onnx/{file}" for role, file in files.items()}
+        table = encode(self._embedding(), self.embed, quantizer_for(self.embed))
+        write_embedding_graphs(
+            table, self.folder / files["embed_tokens"], self.folder / files["embedding"],
+            image_id=int(self.model.language.config.vocab_size),
+        )  # fmt: skip
+        images = self.assembly.images
+        write_vision(
+            self.model, self.folder / files["vision"], height=images.height, width=images.width, grid=self.vision
+        )
+
+    def data_files(self) -> dict[str, int]:
+        """Return the number of data files of each graph that has one of its own name."""
+        return {path: 1 for path in self.graphs.values() if (self.out / f"{path}_data").is_file()}
+
+
+def _as_head(table: StoredTable) -> StoredMatrix:
+    """Return an embedding table as the matrix of the output head: the same bytes."""
+    rows, hidden = table.shape
+    if "values" in table.parts:
+        return StoredMatrix(table.grid, table.shape, 0, dict(table.parts), rows_first=True)
+    blocks = hidden // table.block_size
+    codes = table.parts["codes"].reshaped(
+        "lm_head.codes", (rows, blocks, table.parts["codes"].nbytes // rows // blocks)
+    )
+    return StoredMatrix(table.grid, table.shape, table.block_size, {**table.parts, "codes": codes})
+
+
+def _describe(run: Run, assembly: Assembly, writing: _Writing, reason: str, why: str, report: dict[str, Any]) -> None:
+    """Write the settings of the clients and ``lavintk_export.json``."""
+    model, template, out = assembly.model, assembly.template, writing.out
+    description = FolderDescription(
+        config=model.language.config,
+        tokenizer=assembly.tokenizer,
+        template=template.kind,
+        stop_ids=template.stop_ids,
+        context_length=writing.context,
+        graphs=writing.graphs,
+        data_files=writing.data_files(),
+        system=template.system,
+        images=assembly.images,
+        visual_tokens=model.visual_tokens,
+        vision=model.vision.model.config if model.vision else None,
+    )
+    write_folder(out, description)
+    kind = template.kind if template.kind in ("chat", "plain", "lavin") else "template.jinja"
+    if kind == "template.jinja":
+        (out / kind).write_text(Path(template.kind).expanduser().read_text(encoding="utf-8"), encoding="utf-8")
+    content = {
+        "format": FORMAT,
+        "lavintk": __version__,
+        "graphs": {
+            "decoder": writing.decoders,
+            "embed_tokens": writing.graphs.get("embed_tokens"),
+            "vision": writing.graphs.get("vision"),
+        },
+        "prompt": {"template": kind, "system": template.system, "visual_tokens": model.visual_tokens},
+        "image": None if assembly.images is None else asdict(assembly.images),
+        "quant": {
+            "grid": writing.grid,
+            "trained": str(run.recipe.quant),
+            "copied": writing.copied and "requantized" not in report,
+            "reason": reason,
+            "embed": writing.embed,
+            "head": writing.head,
+            "vision": writing.vision if model.vision else None,
+            "mixed": writing.options.mixed or None,
+            "accuracy_level": writing.options.accuracy_level,
+        },
+        "adapter": {
+            "name": str(run.recipe.adapter),
+            "form": "merge" if writing.merge else "side",
+            "reason": why,
+            "weight_error": writing.error,
+        },
+        "base": assembly.base,
+        "run": {
+            "name": run.recipe.name,
+            "started": run.manifest.get("started"),
+            "steps": run.manifest.get("steps"),
+            "data": run.manifest.get("data"),
+            "versions": run.manifest.get("versions"),
+        },
+        "evaluation": {
+            "data": None if run.recipe.data.test is None else _plain(run.recipe.data.test),
+            "split": run.recipe.data.test_split,
+            "name": _plain(run.recipe.evaluation.name),
+            "max_new_tokens": run.recipe.evaluation.max_new_tokens,
+        },
+        "report": report,
+    }
+    (out / "lavintk_export.json").write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def _plain(choice: Choice) -> dict[str, Any]:
+    return {"name": choice.name, **choice.options}
