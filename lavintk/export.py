@@ -60,9 +60,12 @@ def _verify(run: Run, partial: Path, out: Path) -> None:
 
     if not is_export(partial):
         return
+    from lavintk.merge import load_on_cpu
     from lavintk.verify import record, verify
 
-    result = verify(run, partial, records=8)
+    trained = type(run).open(run.folder)  # anew: the exporter may have changed the model, or holds it on disk only
+    load_on_cpu(trained)
+    result = verify(trained, partial, records=8)
     record(partial, result, run)
     faults = result.faults()
     if faults:

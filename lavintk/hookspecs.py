@@ -67,7 +67,7 @@ def lavintk_register_adapters(registry: Registry[Adapter]) -> None:
 def lavintk_register_exporters(registry: Registry[Exporter]) -> None:
     """Offer exporters by name.
 
-    Called once, before a command runs. No command of lavintk uses them yet.
+    Called once, before a command runs. Example: ``exporters/lavintk_onnx``.
 
     :param registry: call ``registry.add("onnx", make_exporter, options=OnnxOptions, summary="...")`` for each.
     """

@@ -525,6 +525,7 @@ def test_a_cuda_graph_replays_forward_and_backward(quantizer: Any) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("quantizer", [*FOUR_BIT, Int8Quantizer(0)], ids=NAMES)
 @pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # torch says that it may overlook some waits
 def test_the_host_never_waits_for_the_device(quantizer: Any, rows: int) -> None:
     layer = quantize(quantizer, 256, 512).cuda()
     x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
