@@ -54,7 +54,7 @@ def merged(weight: Tensor, bias: Tensor | None, updates: Sequence[AffineUpdate])
     :param weight: ``[out, in]``, any float type; not changed.
     :param bias: ``[out]`` or None.
     """
-    return _merged_weight(weight, updates), _merged_bias(bias, updates)
+    return merged_weight(weight, updates), merged_bias(bias, updates)
 
 
 def merged_linears(model: MultimodalModel, condition: str, part: str = LANGUAGE) -> Iterator[MergedLinear]:
@@ -137,8 +137,8 @@ class PlainModel:
                 raise ModelError(f"the exported architecture has a tensor {name}, which the trained model lacks")
             return self._frozen[name].detach().cpu()
         if leaf == "weight":
-            return _merged_weight(layer.dequantize(torch.float32).cpu(), self.updates_of(module))
-        bias = _merged_bias(_on_host(layer.bias), self.updates_of(module))
+            return merged_weight(layer.dequantize(torch.float32).cpu(), self.updates_of(module))
+        bias = merged_bias(_on_host(layer.bias), self.updates_of(module))
         return torch.zeros(layer.out_features) if bias is None else bias
 
 
@@ -199,14 +199,16 @@ def _shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in named if not (tied and name == "lm_head.weight")}
 
 
-def _merged_weight(weight: Tensor, updates: Sequence[AffineUpdate]) -> Tensor:
+def merged_weight(weight: Tensor, updates: Sequence[AffineUpdate]) -> Tensor:
+    """Return ``W + sum(up @ down)`` ``[out, in]`` in fp32; ``weight`` is not changed."""
     result = weight.to(torch.float32, copy=True) if updates else weight.float()
     for update in updates:
         result.addmm_(update.up.detach().to(result), update.down.detach().to(result))
     return result
 
 
-def _merged_bias(bias: Tensor | None, updates: Sequence[AffineUpdate]) -> Tensor | None:
+def merged_bias(bias: Tensor | None, updates: Sequence[AffineUpdate]) -> Tensor | None:
+    """Return ``b + sum(bias)`` ``[out]`` in fp32 on the CPU, or None where there is no bias at all."""
     parts = [bias, *(update.bias for update in updates)]
     present = [part.detach().float().cpu() for part in parts if part is not None]
     return sum(present[1:], start=present[0].clone()) if present else None

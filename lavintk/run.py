@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lavintk.errors import CheckpointError, RunError
 from lavintk.recipe import Recipe, make_recipe, read_recipe
 from lavintk.registry import Choice
-from lavintk.scoring import evaluation_for
+from lavintk.scoring import check_numbers, choose_test
 
 if TYPE_CHECKING:
     import torch
@@ -222,15 +222,12 @@ class Run:
         :param scoring: the evaluation's option of this name, for example ``"likelihood"``.
         :raises RunError: neither ``data`` nor the recipe names records to answer, or a number is below 1.
         """
-        for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-            if number is not None and number < 1:
-                raise RunError(f"{name} must be at least 1, got {number}")
+        check_numbers(max_new_tokens=max_new_tokens, batch_size=batch_size)
         settings = self.recipe.evaluation
-        chosen = Choice.parse(data) if isinstance(data, str) else data or self.recipe.data.test
-        if chosen is None:
-            raise RunError("the recipe names no test data; give some, for example --data alpaca:test.json")
-        given = Choice.parse(evaluation) if isinstance(evaluation, str) else evaluation
-        scorer = evaluation_for(chosen if data is not None else None, given, settings.name, scoring)
+        chosen, scorer = choose_test(
+            data, evaluation, scoring,
+            own_data=self.recipe.data.test, own_evaluation=settings.name, owner="the recipe",
+        )  # fmt: skip
         return evaluate(
             self.assembly,
             load_records(chosen, split or self.recipe.data.test_split),

@@ -41,6 +41,38 @@ def evaluation_for(
     return chosen if scoring is None else Choice(chosen.name, {**chosen.options, "scoring": scoring})
 
 
+def check_numbers(**numbers: int | None) -> None:
+    """Refuse numbers below 1; None stands for one that was not given.
+
+    :raises RunError: names the first that is.
+    """
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise RunError(f"{name} must be at least 1, got {number}")
+
+
+def choose_test(
+    data: str | Choice | None,
+    evaluation: str | Choice | None,
+    scoring: str | None,
+    *,
+    own_data: Choice | None,
+    own_evaluation: Choice | None,
+    owner: str,
+) -> tuple[Choice, Choice]:
+    """Return the records to answer and the evaluation that scores them.
+
+    :param own_data: what is answered where no ``data`` is given.
+    :param owner: whose own data that is, for the message.
+    :raises RunError: neither names records.
+    """
+    chosen = Choice.parse(data) if isinstance(data, str) else data or own_data
+    if chosen is None:
+        raise RunError(f"{owner} names no test data; give some, for example --data alpaca:test.json")
+    given = Choice.parse(evaluation) if isinstance(evaluation, str) else evaluation
+    return chosen, evaluation_for(chosen if data is not None else None, given, own_evaluation, scoring)
+
+
 def score_predictions(
     path: Path, *, data: Choice | None = None, split: str = "test", evaluation: Choice | None = None
 ) -> EvaluationResult:

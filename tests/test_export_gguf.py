@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lavintk.errors import ModelError
 from lavintk.models.gguf_source import read_header
 from lavintk.models.sources import open_source
-from lavintk.models.tokenizer import _SPLITS, load_tokenizer
+from lavintk.models.tokenizer import TEXT_SPLITS, load_tokenizer
 from lavintk.run import Run
 from lavintk_gguf import GgufOptions, make_gguf
 from tests.test_export_hf import MMA, MODALITIES, ids, own_logits, quiet_transformers, text_run, trained, vision_run
@@ -163,7 +163,7 @@ def test_rows_that_fill_no_block_are_stored_as_f16(tmp_path: Path) -> None:
 def change_tokenizer(folder: Path, splitting: str, ignore_merges: bool = False) -> None:
     """Let the tokenizer in ``folder`` cut text by one of the known expressions."""
     tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    expression = _SPLITS[splitting]
+    expression = TEXT_SPLITS[splitting]
     parts: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=expression is None)]
     if expression is not None:
         parts.insert(0, pre_tokenizers.Split(Regex(expression), behavior="isolated"))

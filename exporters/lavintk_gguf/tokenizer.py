@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lavintk.data.exported import exported_tokenizer
 from lavintk.errors import ModelError
-from lavintk.models.tokenizer import _LIKE_TIKTOKEN, _SPLITS, SENTENCEPIECE
+from lavintk.models.tokenizer import SENTENCEPIECE, TEXT_SPLITS, WHOLE_WORDS_FIRST
 
 if TYPE_CHECKING:
     from lavintk.models.build import Assembly
@@ -114,12 +114,12 @@ def _splitting(content: dict[str, Any]) -> str:
     if plain and not prefix and not expressions and own and not whole_words:
         return "smollm" if digits else "gpt-2"
     if plain and not prefix and len(expressions) == 1 and not own and not digits:
-        for name, expression in _SPLITS.items():
-            if expression == expressions[0] and (name in _LIKE_TIKTOKEN) == whole_words:
+        for name, expression in TEXT_SPLITS.items():
+            if expression == expressions[0] and (name in WHOLE_WORDS_FIRST) == whole_words:
                 return name
     raise ModelError(
         f"the tokenizer cuts text in a way that llama.cpp has no name for, or none that lavintk knows ("
-        f"{', '.join(sorted(_SPLITS))}). {INSTEAD}"
+        f"{', '.join(sorted(TEXT_SPLITS))}). {INSTEAD}"
     )
 
 

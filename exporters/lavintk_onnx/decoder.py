@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lavintk.errors import ModelError
+from lavintk.merge import merged_weight
 from lavintk_onnx.graph import MICROSOFT, DataFile, GraphBuilder, Shape, StoredWeight
 from lavintk_onnx.grids import (
     EncodedWeight,
@@ -30,7 +31,7 @@ from lavintk_onnx.grids import (
     stackable,
     store,
 )
-from lavintk_onnx.updates import Side, bias_of, effective_weight, side_of
+from lavintk_onnx.updates import LayerUpdates, Side, bias_of, effective_weight, side_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -149,6 +150,7 @@ class DecoderWriter:
     """Writes the weights of a decoder once and its graphs layer by layer.
 
     :param model: its frozen layers are asked for one after the other, and each is forgotten before the next.
+    :param updates: the adapter's, of which the writer takes one layer after the other.
     :param embedding: adds the embedding of ``input_ids`` to a graph; None for graphs that take ``inputs_embeds``.
     """
 
@@ -157,9 +159,10 @@ class DecoderWriter:
         model: MultimodalModel,
         plan: DecoderPlan,
         data: DataFile,
+        updates: LayerUpdates,
         embedding: Callable[[GraphBuilder, ir.Value], ir.Value] | None = None,
     ) -> None:
-        self.model, self.plan, self.data = model, plan, data
+        self.model, self.plan, self.data, self.updates = model, plan, data, updates
         self.geometry = Geometry.of(model)
         self.embedding = embedding
         self.error = ErrorSum()
@@ -167,7 +170,7 @@ class DecoderWriter:
         self.copied = True
         """Whether the codes of all linear layers written so far are those that were trained on."""
         self._linears = model.linears()
-        self._frozen = model.frozen_parameters()
+        self.frozen = model.frozen_parameters()
         conditions = model.adapter.conditions if model.adapter else ("all",)
         self.graphs = {condition: _Graph(self, condition) for condition in conditions}
 
@@ -177,13 +180,12 @@ class DecoderWriter:
         :param head: the output head where it is stored already, for example tied to the embedding.
         """
         layers = len(self.model.layers)
-        updates = _Updates(self.model)
         for index in range(layers):
             norms = {
-                norm: self.data.write(f"layers.{index}.{norm}", _numpy(self._frozen[f"{PREFIX}.{index}.{norm}.weight"]))
+                norm: self.data.write(f"layers.{index}.{norm}", _numpy(self.frozen[f"{PREFIX}.{index}.{norm}.weight"]))
                 for norm in ("input_layernorm", "post_attention_layernorm")
             }
-            changes = updates.of_layer(index)
+            changes = self.updates.take(f"{PREFIX}.{index}")
             groups = {
                 group: self._group(f"layers.{index}.{group}", [f"{PREFIX}.{index}.{leaf}" for leaf in leaves], changes)
                 for group, leaves in GROUPS.items()
@@ -192,8 +194,8 @@ class DecoderWriter:
                 graph.add_layer(index, norms, {name: group[condition] for name, group in groups.items()})
             if progress is not None:
                 progress(index + 1, layers)
-        updates.check_all_taken()
-        norm = self.data.write("norm", _numpy(self._frozen["language.model.norm.weight"]))
+        self.updates.check_all_taken()
+        norm = self.data.write("norm", _numpy(self.frozen["language.model.norm.weight"]))
         if head is None:
             table = self.model.language.lm_head.weight.detach()
             quantize = self.plan.quantizers.get(self.plan.head)
@@ -246,7 +248,8 @@ class DecoderWriter:
         """Take up the error of layers whose update stays beside them: it is that of the base alone."""
         for weight, layer, update in zip(base, layers, change):
             if update is not None:
-                self.error.add(weight, effective_weight(layer, None), effective_weight(layer, update))
+                exact = effective_weight(layer, None)
+                self.error.add(weight, exact, merged_weight(exact, [update]))
 
     def _grid(self, linear: str) -> tuple[Grid, Callable[[Tensor], FrozenLinear] | None]:
         grid = self.plan.grid_of(linear)
@@ -279,34 +282,6 @@ class ErrorSum:
     def relative(self) -> float | None:
         """Frobenius norm of the difference in relation to the trained weights; None where nothing was added."""
         return (self.squared / self.total) ** 0.5 if self.total else None
-
-
-class _Updates:
-    """The adapter's updates of the language model, taken layer by layer; only one layer's are held."""
-
-    def __init__(self, model: MultimodalModel) -> None:
-        adapter = model.adapter
-        self._coming = iter(adapter.affine_updates("language.")) if adapter else iter(())
-        self._next = next(self._coming, None)
-
-    def of_layer(self, index: int) -> dict[tuple[str, str], AffineUpdate]:
-        """Return the updates of a decoder layer by linear layer and condition; layers are asked for in order."""
-        found = {}
-        while self._next is not None and self._next.linear.startswith(f"{PREFIX}.{index}."):
-            found[self._next.linear, self._next.condition] = self._next
-            self._next = next(self._coming, None)
-        return found
-
-    def check_all_taken(self) -> None:
-        """Make sure that nothing the adapter changes was left out.
-
-        :raises ModelError: the adapter changes a layer that the graph does not have, or goes through them out of order.
-        """
-        if self._next is not None:
-            raise ModelError(
-                f"the adapter changes {self._next.linear}, which the exporter has not asked for: affine_updates() must "
-                "go through the decoder layers in order and may change their linear layers only"
-            )
 
 
 class _Graph:
@@ -409,7 +384,7 @@ class _Graph:
         normed = []
         for leaf, heads in (("q_norm", query), ("k_norm", key)):
             scale = graph.weight(
-                f"{name}.{leaf}", _numpy(self.writer._frozen[f"{PREFIX}.{index}.self_attn.{leaf}.weight"])
+                f"{name}.{leaf}", _numpy(self.writer.frozen[f"{PREFIX}.{index}.self_attn.{leaf}.weight"])
             )
             split = graph.op("Reshape", heads, graph.constant([0, 0, -1, size.head_size], "int64"))
             split = graph.op("SimplifiedLayerNormalization", split, scale, axis=-1, epsilon=size.epsilon, stash_type=1)

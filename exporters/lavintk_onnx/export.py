@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatch
 from importlib import import_module
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lavintk import __version__
 from lavintk.errors import ModelError
+from lavintk.merge import merged_weight
 from lavintk.registry import Choice
 from lavintk_onnx.decoder import PREFIX, DecoderPlan, DecoderWriter, ErrorSum, Quantizers
 from lavintk_onnx.embedding import StoredTable, lookup, store_table, write_embedding_graphs
@@ -22,12 +23,14 @@ from lavintk_onnx.folder import FolderDescription, write_folder
 from lavintk_onnx.graph import DataFile, GraphBuilder
 from lavintk_onnx.grids import Grid, StoredMatrix, encode, encode_layer, quantizer_for
 from lavintk_onnx.options import OnnxOptions
-from lavintk_onnx.updates import effective_weight
+from lavintk_onnx.updates import LayerUpdates, effective_weight
 from lavintk_onnx.vision import VisionGrid, write_vision
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from lavintk.contracts import AffineUpdate
+    from lavintk.layers import FrozenLinear
     from lavintk.models.build import Assembly
     from lavintk.models.multimodal import MultimodalModel
     from lavintk.run import Run
@@ -59,13 +62,14 @@ class OnnxExporter:
         assembly, report = self._load(run)
         model = assembly.model
         _check_manner(model)
-        grid, reason = self._grid(model, run)
+        grid, reason = self._grid(model, run.recipe.quant.name if report else None)
         click.echo(f"linear layers: {grid} ({reason})")
-        merge, why = self._adapter_form(model, grid)
+        updates = LayerUpdates(model)
+        merge, why = self._adapter_form(model, grid, updates)
         if model.adapter is not None:
             click.echo(f"adapter: {'merge' if merge else 'side'} ({why})")
         writing = _Writing(self.options, assembly, grid, merge, out)
-        writing.write()
+        writing.write(updates)
         _describe(run, assembly, writing, reason, why, report)
 
     def _load(self, run: Run) -> tuple[Assembly, dict[str, Any]]:
@@ -87,8 +91,12 @@ class OnnxExporter:
             click.echo(f"after {report.steps} steps of tuning: {report.retuned}")
         return run.assembly, {"requantized": asdict(report)}
 
-    def _grid(self, model: MultimodalModel, run: Run) -> tuple[Grid, str]:
-        scheme = next(iter(model.linears().values())).packed().scheme
+    def _grid(self, model: MultimodalModel, before: str | None) -> tuple[Grid, str]:
+        """Return the grid and why.
+
+        :param before: the quantizer of the training where the layers have been rounded anew since.
+        """
+        scheme = before or next(iter(model.linears().values())).packed().scheme
         trained = TRAINED_SCHEMES.get(scheme)
         if self.options.quant != "keep":
             slow = "; on a CPU each product unpacks the whole weight, many times slower than int4" * (
@@ -101,11 +109,11 @@ class OnnxExporter:
             return "int8", "it was trained on nf4, which int8 keeps and which is slow on a CPU itself"
         return "int8", f"the base was trained as {trained or scheme}"
 
-    def _adapter_form(self, model: MultimodalModel, grid: Grid) -> tuple[bool, str]:
-        """Return whether to merge, and why: the form that leaves the weights nearer to the trained ones."""
+    def _adapter_form(self, model: MultimodalModel, grid: Grid, updates: LayerUpdates) -> tuple[bool, str]:
+        """Return whether to merge, and why: what leaves the weights nearer to the trained ones in the first layer."""
         if model.adapter is None or self.options.adapter != "auto":
             return self.options.adapter == "merge", "as asked"
-        merged, side = _errors_of_forms(model, grid)
+        merged, side = _errors_of_forms(model.linears(), updates.coming, grid)
         if merged is None or side is None:
             return True, "it changes no linear layer"
         merge = not side < CLEARLY_LESS * merged
@@ -115,21 +123,18 @@ class OnnxExporter:
         return merge, found
 
 
-def _errors_of_forms(model: MultimodalModel, grid: Grid) -> tuple[float | None, float | None]:
-    """Return the relative error of the weights that the adapter changes in the first layer it changes."""
-    assert model.adapter is not None
+def _errors_of_forms(
+    linears: Mapping[str, FrozenLinear], updates: Sequence[AffineUpdate], grid: Grid
+) -> tuple[float | None, float | None]:
+    """Return the relative error of the weights that ``updates`` change, merged and side by side."""
     quantize = quantizer_for(grid)
-    linears, merged, side = model.linears(), ErrorSum(), ErrorSum()
-    first: str | None = None
-    for update in model.adapter.affine_updates("language."):
-        layer_name = update.linear.rsplit(".", 2)[0]
-        first = first or layer_name
-        if layer_name != first:
-            break
+    merged, side = ErrorSum(), ErrorSum()
+    for update in updates:
         layer = linears[update.linear]
-        exact = effective_weight(layer, update)
+        base = effective_weight(layer, None)
+        exact = merged_weight(base, [update])
         merged.add(encode(exact, grid, quantize), exact, exact)
-        side.add(encode_layer(layer, grid, quantize), effective_weight(layer, None), exact)
+        side.add(encode_layer(layer, grid, quantize), base, exact)
     return merged.relative, side.relative
 
 
@@ -175,7 +180,7 @@ class _Writing:
         config = self.model.language.config
         return bool(config.tie_word_embeddings) and self.embed == self.head and (quantized or self.embed[:2] == "fp")
 
-    def write(self) -> None:
+    def write(self, updates: LayerUpdates) -> None:
         """Write decoder, embedding and vision."""
         seeing = self.model.vision is not None
         name = f"{'decoder_model_merged' if seeing else 'model'}{self.suffix}.onnx"
@@ -183,7 +188,7 @@ class _Writing:
             head, embedding = None, None
             if not seeing:
                 head, embedding = self._tables(data)
-            writer = DecoderWriter(self.model, self._plan(), data, embedding)
+            writer = DecoderWriter(self.model, self._plan(), data, updates, embedding)
             with click.progressbar(length=len(self.model.layers), label="decoder") as bar:
                 writer.write(head, lambda done, total: bar.update(1))
         self.error, self.copied = writer.error.relative, writer.copied

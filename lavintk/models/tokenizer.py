@@ -39,7 +39,7 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SPLITS: dict[str, str | None] = {
+TEXT_SPLITS: dict[str, str | None] = {
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
@@ -50,7 +50,7 @@ _SPLITS: dict[str, str | None] = {
     "smollm": None,
     "gpt-2": None,
 }
-_LIKE_TIKTOKEN = frozenset({"llama-bpe", "llama3", "llama-v3", "tekken"})
+WHOLE_WORDS_FIRST = frozenset({"llama-bpe", "llama3", "llama-v3", "tekken"})
 """Vocabularies in which a whole word that is a token is taken before any merge, and text starts with BOS."""
 
 log = logging.getLogger(__name__)
@@ -275,12 +275,12 @@ def _set_splitting(tokenizer: PreTrainedTokenizerBase, header: GGUFHeader, path:
     from tokenizers import Regex, pre_tokenizers
 
     name = header.metadata.get("tokenizer.ggml.pre")
-    if name not in _SPLITS:
+    if name not in TEXT_SPLITS:
         raise ModelError(
             f"{path} cuts text in a way named {name!r} (tokenizer.ggml.pre), which lavintk does not know; "
-            f"known: {', '.join(sorted(_SPLITS))}. Use the model's Hugging Face folder instead."
+            f"known: {', '.join(sorted(TEXT_SPLITS))}. Use the model's Hugging Face folder instead."
         )
-    expression = _SPLITS[name]
+    expression = TEXT_SPLITS[name]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=expression is None)
     parts: list[Any] = [byte_level]
     if expression is not None:
@@ -289,8 +289,8 @@ def _set_splitting(tokenizer: PreTrainedTokenizerBase, header: GGUFHeader, path:
         parts.insert(0, pre_tokenizers.Digits(individual_digits=True))
     backend = tokenizer.backend_tokenizer
     backend.pre_tokenizer = pre_tokenizers.Sequence(parts)
-    backend.model.ignore_merges = name in _LIKE_TIKTOKEN
-    if name in _LIKE_TIKTOKEN and "tokenizer.ggml.add_bos_token" not in header.metadata:
+    backend.model.ignore_merges = name in WHOLE_WORDS_FIRST
+    if name in WHOLE_WORDS_FIRST and "tokenizer.ggml.add_bos_token" not in header.metadata:
         tokenizer.add_bos_token = True
 
 

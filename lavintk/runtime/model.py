@@ -17,7 +17,7 @@ from lavintk.data.labels import IGNORED, IMAGE
 from lavintk.data.records import ImageSource, Message, Record
 from lavintk.data.template import make_template
 from lavintk.data.tokenize import TokenizedRecord
-from lavintk.errors import DataError, ModelError, OutOfMemoryError, RunError
+from lavintk.errors import DataError, ModelError, OutOfMemoryError
 from lavintk.registry import Choice
 from lavintk.runtime.decoder import Decoder, padded
 from lavintk.runtime.manifest import Manifest, as_choice
@@ -148,18 +148,15 @@ class ExportedModel(RecordAnswerer):
         """
         from lavintk.plugins import installed_plugins
         from lavintk.run import load_records
-        from lavintk.scoring import evaluation_for
+        from lavintk.scoring import check_numbers, choose_test
 
-        for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-            if number is not None and number < 1:
-                raise RunError(f"{name} must be at least 1, got {number}")
+        check_numbers(max_new_tokens=max_new_tokens, batch_size=batch_size)
         settings = self.manifest.evaluation
-        chosen = as_choice(data) if isinstance(data, str) else data or self.manifest.test_data()
-        if chosen is None:
-            raise RunError("the exported folder names no test data; give some, for example --data alpaca:test.json")
-        given = as_choice(evaluation) if isinstance(evaluation, str) else evaluation
-        own = as_choice(settings.get("name"))
-        scorer = evaluation_for(chosen if data is not None else None, given, own, scoring)
+        chosen, scorer = choose_test(
+            data, evaluation, scoring,
+            own_data=self.manifest.test_data(), own_evaluation=as_choice(settings.get("name")),
+            owner="the exported folder",
+        )  # fmt: skip
         self.batch_size = batch_size or self.batch_size
         longest = max_new_tokens or int(settings.get("max_new_tokens") or NEW_TOKENS)
         records = load_records(chosen, split or str(settings.get("split") or "test"))
