@@ -167,8 +167,9 @@ def test_state_has_the_declared_bits_from_4096_elements_on(name: str) -> None:
     optimizer = build(name, parameters)
     train(parameters, optimizer, 1)
     declared = torch.uint8 if make_optimizer(name).state_bits == 8 else torch.float32
+    in_part_blocks = torch.float32 if "ademamix" in name else declared  # 100 x 50 is no multiple of 256
     types = [optimizer.state[parameter]["state1"].dtype for parameter in parameters[:3]]
-    assert types == [declared, declared, torch.float32]
+    assert types == [declared, in_part_blocks, torch.float32]
     assert not any(getattr(optimizer.state[p]["state1"], "is_paged", False) for p in parameters[:3])
 
 
@@ -349,9 +350,8 @@ def test_paged_state_is_saved_as_ordinary_tensors(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["adamw", *(name for name in NAMES if "ademamix" not in name)])
+@pytest.mark.parametrize("name", ["adamw", *NAMES])
 def test_on_cuda_the_steps_are_those_of_a_cpu(name: str) -> None:
-    """Not AdEMAMix: bitsandbytes' CPU and CUDA versions of it take different steps (seen with 0.50.2)."""
     parameters, others = make_parameters("cuda"), make_parameters()
     start = values(others)
     train(parameters, build(name, parameters), 10)

@@ -24,6 +24,9 @@ from lavintk.errors import TrainingError
 PAGED_FROM = 100_000
 """Elements from which on bitsandbytes pages a parameter's state."""
 
+BLOCK = 256
+"""Elements that share a scale in 8-bit state."""
+
 
 class _Optimizer:
     """What the optimizers share: a device to work on, and resident or paged state."""
@@ -113,7 +116,7 @@ class AdEMAMix(_Optimizer):
         """
         steps = self.schedule_steps or None
         return self._create(
-            ademamix.AdEMAMix,
+            WholeBlocksAdEMAMix,
             PagedAdEMAMix,
             groups,
             lr=lr,
@@ -163,7 +166,23 @@ class PagedLion(_PagedState, lion.Lion):
     """bitsandbytes' Lion whose state stays paged when it is loaded."""
 
 
-class PagedAdEMAMix(_PagedState, ademamix.AdEMAMix):
+class WholeBlocksAdEMAMix(ademamix.AdEMAMix):
+    """bitsandbytes' AdEMAMix with 32-bit state for parameters that do not fill whole blocks of 256 elements.
+
+    Its 8-bit CUDA kernel (0.50.2) keeps the scales of both averages in one array and finds those of the slow
+    average from ``(elements + offset) / 256``, rounded down. If the elements are no multiple of 256, the last
+    block of the fast average and the first of the slow one share a scale: wrong steps, which also differ from
+    run to run.
+    """
+
+    def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+        config: dict[str, Any] = super().get_config(gindex, pindex, group)  # type: ignore[no-untyped-call]
+        if group["params"][pindex].numel() % BLOCK:
+            config["optim_bits"] = 32
+        return config
+
+
+class PagedAdEMAMix(_PagedState, WholeBlocksAdEMAMix):
     """bitsandbytes' AdEMAMix whose state stays paged when it is loaded."""
 
 
