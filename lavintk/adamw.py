@@ -17,6 +17,7 @@ class AdamW:
     paged = False
     state_bits = 32
     without_cuda = ""
+    elementwise = True
 
     def build(
         self, groups: Sequence[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float

@@ -70,6 +70,9 @@ class Optimizer(Protocol):
     """Bits of one state value; AdamW keeps two values per parameter."""
     without_cuda: str
     """One sentence: what happens on a machine without CUDA; empty if nothing differs."""
+    elementwise: bool
+    """Whether each element is updated by itself, or in blocks of 256, wherever its parameter ends; then the optimizer
+    may be given flat parameters (:mod:`lavintk.flat`). May be absent, which means no."""
 
     def build(
         self, groups: Sequence[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float
@@ -152,13 +155,43 @@ class Adapter(Protocol):
         ...
 
 
+@runtime_checkable
+class AdapterReader(Protocol):
+    """What the options class of an adapter may offer besides: to know its adapter in another program's files."""
+
+    def of_folder(self, folder: Path) -> Mapping[str, Any] | None:
+        """Return the options with which :meth:`Adapter.load` reads ``folder``, or None if it is of another kind.
+
+        A class method. No model is loaded yet.
+
+        :raises CheckpointError: the files are of this kind, but damaged or another function; all faults listed.
+        """
+        ...
+
+
 class Exporter(Protocol):
-    """Writes a trained run in a format for other programs."""
+    """Writes a trained run in a format for other programs.
+
+    A run may also be one that was only imported: then its recipe names no training data (``data.train``) and perhaps
+    no adapter, and its manifest holds no facts of a training.
+    """
 
     def export(self, run: Run, out: Path) -> None:
         """Write ``run`` into the new folder ``out``.
 
         :raises LavintkError: the run cannot be expressed in the format.
+        """
+        ...
+
+
+@runtime_checkable
+class SizedExporter(Protocol):
+    """What an :class:`Exporter` may offer besides: how much room its folder takes."""
+
+    def bytes_needed(self, run: Run, outline: MultimodalModel) -> int:
+        """Return the bytes of the weights to be written, not more than it will take.
+
+        :param outline: the model of ``run`` on the meta device, its adapter attached: names and shapes.
         """
         ...
 

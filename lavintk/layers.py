@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,9 @@ class FrozenLinear(nn.Module, ABC):
     """``y = x @ W.T + b`` with a weight that is stored in any form and never trained.
 
     A subclass registers its storage as buffers (so ``state_dict`` holds it bit for bit) and implements
-    :meth:`dequantize` and :meth:`packed`. The default :meth:`forward` dequantizes for the product and again for the
-    gradient with respect to ``x``, so nothing but the storage stays in memory in between.
+    :meth:`dequantize` and :meth:`packed`. :meth:`product` and :meth:`input_gradient` dequantize the weight anew, so
+    nothing but the storage stays in memory in between; a subclass with faster ways overrides these two, not
+    :meth:`forward`, since adapters build their own functions on them.
     """
 
     graph_safe = True
@@ -78,6 +79,27 @@ class FrozenLinear(nn.Module, ABC):
         """Return ``[..., out]`` in the type of ``x`` ``[..., in]``; gradients flow to ``x`` only."""
         product: Tensor = _FrozenProduct.apply(x, self)  # type: ignore[no-untyped-call]
         return product
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return ``x @ W.T + b`` as a new contiguous tensor, which the caller may change.
+
+        For use inside an autograd function: called without gradient.
+
+        :param x: ``[..., in]``, fp32, fp16 or bf16; the product ``[..., out]`` has its type.
+        """
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.dequantize(x.dtype), bias)
+
+    def input_gradient(self, gradient: Tensor, total: Tensor | None = None) -> Tensor:
+        """Return the gradient with respect to ``x``, ``gradient @ W``, in the type of ``gradient`` ``[..., out]``.
+
+        :param total: contiguous ``[..., in]`` of that type; the gradient is added to it in place, and it is returned.
+        """
+        weight = self.dequantize(gradient.dtype)
+        if total is None:
+            return gradient @ weight
+        total.view(-1, self.in_features).addmm_(gradient.reshape(-1, self.out_features), weight)
+        return total
 
     def extra_repr(self) -> str:
         """Describe the layer in ``print(model)``."""
@@ -112,11 +134,6 @@ class DenseLinear(FrozenLinear):
         """Describe the dense storage."""
         return PackedWeight("dense", (self.out_features, self.in_features), self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``[..., out]``; the weight is cast to the type of ``x`` if it differs."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
-
 
 class _FrozenProduct(torch.autograd.Function):
     """``x @ W.T + b`` that keeps no dequantized weight for the backward pass."""
@@ -124,15 +141,33 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
         ctx.layer, ctx.dtype = layer, x.dtype
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return F.linear(x, layer.dequantize(x.dtype), bias)
+        return layer.product(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None
         (gradient,) = gradients
-        return gradient.to(ctx.dtype) @ ctx.layer.dequantize(ctx.dtype), None
+        return ctx.layer.input_gradient(gradient.to(ctx.dtype)), None
+
+
+def forward_group(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """Return what each of ``layers`` makes of the same ``x`` ``[..., in]``, in one go where they can do that together.
+
+    They can if all are of one class that has a class method ``forward_group(layers, x)``, as that of an adapter may.
+    Layers with hooks are called one by one.
+    """
+    kind = type(layers[0])
+    together = getattr(kind, "forward_group", None)
+    if together is None or any(type(layer) is not kind or has_hooks(layer) for layer in layers):
+        return [layer(x) for layer in layers]
+    return cast(list[Tensor], together(layers, x))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its ``forward``."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
 
 
 def checked_weight(weight: Tensor, bias: Tensor | None, scheme: str) -> Tensor:

@@ -45,13 +45,39 @@ def card(content: Mapping[str, Any]) -> str:
 def with_provenance(content: Mapping[str, Any], run: Run) -> dict[str, Any]:
     """Return ``content`` with what the run says of its data and the base models of their licences, where missing."""
     manifest = run.manifest
-    known = {"name": run.recipe.name, **{key: manifest.get(key) for key in ("started", "steps", "data", "tokens")}}
+    facts = {key: manifest.get(key) for key in ("started", "steps", "data", "tokens", "imported")}
+    known = {"name": run.recipe.name, **facts}
     given = {key: value for key, value in _section(content, "run").items() if value is not None}
     base = {role: dict(entry) for role, entry in _section(content, "base").items()}
     for role, reference in (("language", run.recipe.model.language), ("vision", run.recipe.model.vision)):
         if role in base and reference and "licence" not in base[role] and (found := licence_of(reference)):
             base[role]["licence"] = found
     return {**content, "run": {**known, **given}, "base": base}
+
+
+def origin(run: Run) -> str:
+    """Return what an export of ``run`` was made from, for a sentence."""
+    imported = _section(run.manifest, "imported")
+    if "model" not in imported:
+        return f"the run `{run.recipe.name}`"
+    adapter = _section(imported, "adapter").get("folder")
+    return f"the model folder `{imported['model']}`" + (f" and the adapter folder `{adapter}`" if adapter else "")
+
+
+def made_from(run: Run, base: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Return what an export of ``run`` was made from, as lines of a list in Markdown.
+
+    :param base: fingerprints of the frozen models by role.
+    """
+    content = with_provenance({"base": base}, run)
+    lines = []
+    for role, found in content["base"].items():
+        licence = f", licence {found['licence']}" if "licence" in found else ""
+        lines.append(f"- {role}: {found['source']}, sha256 `{found['sha256']}`{licence}")
+    if imported := _imported_adapter(content["run"]):
+        return [*lines, imported]
+    lines += [] if run.recipe.adapter is None else [f"- adapter: `{run.recipe.adapter}`"]
+    return lines + ([] if run.recipe.data.train is None else [f"- base stored in training as: `{run.recipe.quant}`"])
 
 
 def licence_of(reference: str) -> str | None:
@@ -99,10 +125,13 @@ def _licence_in_file(file: Path) -> str | None:
 
 def _what_it_is(content: Mapping[str, Any]) -> Iterator[str]:
     run, quant, adapter = (_section(content, name) for name in ("run", "quant", "adapter"))
-    of = f" from the run `{run['name']}`" if run.get("name") else ""
-    seeing = _sees(content)
-    kind = "language model that also sees images" if seeing else "language model"
-    yield f"A fine-tuned {kind}, exported to ONNX by lavintk {content.get('lavintk', '')}{of}."
+    imported = _section(run, "imported")
+    from_folder = "model" in imported
+    of = f" from the {'folder' if from_folder else 'run'} `{run['name']}`" if run.get("name") else ""
+    kind = "language model that also sees images" if _sees(content) else "language model"
+    # whether a bare model folder was fine-tuned is not known
+    kind = kind if from_folder and not imported.get("adapter") else f"fine-tuned {kind}"
+    yield f"A {kind}, exported to ONNX by lavintk {content.get('lavintk', '')}{of}."
     if grid := quant.get("grid"):
         words = f"**Weights.** The linear layers are stored as {grid} ({GRIDS.get(grid, 'its own format')})"
         words += f"; trained on {quant['trained']}" if quant.get("trained") else ""
@@ -127,6 +156,8 @@ def _made_from(content: Mapping[str, Any]) -> Iterator[str]:
         says = f"licence {licence}, which holds for this folder too" if licence else f"licence: {WHERE_IT_COUNTS}"
         yield f"- {role} model: {base.get('source', 'unknown')}, sha256 `{base.get('sha256', 'unknown')}`; {says}"
     run = _section(content, "run")
+    if adapter := _imported_adapter(run):
+        yield adapter
     data, tokens = _section(run, "data"), _section(run, "tokens")
     if data:
         words = [f"{data['records']:,} records"] if isinstance(data.get("records"), int) else []
@@ -137,6 +168,14 @@ def _made_from(content: Mapping[str, Any]) -> Iterator[str]:
     if run.get("steps"):
         began = f", begun {run['started']}" if run.get("started") else ""
         yield f"- training: {run['steps']:,} steps{began}"
+
+
+def _imported_adapter(run: Mapping[str, Any]) -> str:
+    """Return the line of a list that says which adapter's folder was imported; empty where none was."""
+    adapter = _section(_section(run, "imported"), "adapter")
+    if not adapter:
+        return ""
+    return f"- adapter folder: {adapter.get('folder')}, sha256 `{adapter.get('sha256')}`, read as `{adapter.get('read_as')}`"
 
 
 def _prompt(content: Mapping[str, Any]) -> Iterator[str]:

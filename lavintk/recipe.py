@@ -73,7 +73,9 @@ class ModelSection(Section):
 class DataSection(Section):
     """The records and how they become tokens."""
 
-    train: PluginChoice = Field(description="record format and file, for example alpaca:data.json")
+    train: PluginChoice | None = Field(
+        description="record format and file, for example alpaca:data.json; null for a model that is not trained"
+    )
     split: str = Field("train", description="split to train on, for formats that have splits")
     validation: PluginChoice | None = Field(None, description="records for the loss during training")
     validation_split: str = Field("validation", description="split to validate on, for formats that have splits")
@@ -112,6 +114,15 @@ class TrainSection(Section):
     checkpointing: Literal["auto", True, False] = Field(
         "auto", description="recompute layers in the backward pass; auto: on CUDA yes, on a CPU no"
     )
+    engine: Literal["auto", "eager", "graph"] = Field(
+        "auto", description="graph: replay each micro-batch as a CUDA graph; auto: graph where that works, else eager"
+    )
+    pack: Literal["auto", True, False] = Field(
+        "auto", description="put the rows of a step together into full micro-batches; auto: with the engine graph"
+    )
+    pack_tokens: int | None = Field(
+        None, ge=64, description="tokens of a packed micro-batch; null: room for batch_size of the longest rows"
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     seed: int = Field(0, description="of the adapter's start values, the order of the rows and dropout")
     log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl and calls of logging plugins")
@@ -138,7 +149,9 @@ class Recipe(Section):
     name: str = Field("run", description="part of the run folder's name; by default the recipe file's")
     model: ModelSection = Field(description="the frozen models")
     quant: PluginChoice = Field(default_factory=lambda: Choice("none"), description="how the frozen base is stored")
-    adapter: PluginChoice = Field(default_factory=lambda: Choice("lora"), description="what is trained in the base")
+    adapter: PluginChoice | None = Field(
+        default_factory=lambda: Choice("lora"), description="what is trained in the base; null for nothing"
+    )
     optim: PluginChoice = Field(default_factory=lambda: Choice("adamw"), description="the optimizer and its state")
     data: DataSection = Field(description="the records")
     train: TrainSection = Field(default_factory=TrainSection, description="the optimization")
@@ -153,7 +166,9 @@ class Recipe(Section):
         return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
 
     def check(self, plugins: Plugins) -> None:
-        """Check every name and option that a plugin answers for, without loading anything heavy.
+        """Check that there is something to train, and every name and option that a plugin answers for.
+
+        Nothing heavy is loaded.
 
         :raises RecipeError: all faults together.
         """
@@ -176,6 +191,10 @@ class Recipe(Section):
                 faults += [f"{place}: {error.subject}: {fault}" for fault in error.faults]
             except LavintkError as error:
                 faults.append(f"{place}: {error}")
+        if self.data.train is None:
+            faults.append("data.train: null is for a model that is not trained; name the records to train on")
+        if self.adapter is None and self.model.vision is None:
+            faults.append("adapter: null leaves a text model with nothing to train; name an adapter, for example lora")
         if faults:
             raise RecipeError(f"recipe {self.name!r}", faults)
 

@@ -128,8 +128,12 @@ def requantize_run(
     """Requantize the loaded model of ``run`` with its training data and settings; see :func:`requantize`.
 
     The model in memory changes, nothing on disk does.
+
+    :raises RunError: the run has no training data, as one that was only imported.
     """
     data, settings = run.recipe.data, run.recipe.train
+    if data.train is None:
+        raise RunError(f"{run.folder} was not trained here and names no training data (data.train) to requantize with")
     retuning = Retuning(
         settings.batch_size, RATE_SHARE * settings.lr, settings.weight_decay, settings.betas, settings.eps,
         settings.clip, run.recipe.optim,

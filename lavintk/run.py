@@ -165,15 +165,9 @@ class Run:
         :param found: source and SHA-256 by role, as in :class:`~lavintk.models.build.Assembly`.
         :raises RunError: with both hashes of each model that differs.
         """
-        nothing = {"source": "none", "sha256": "none"}
-        changed = []
-        for role, before in self.manifest.get("base", {}).items():
-            now = found.get(role, nothing)
-            if now["sha256"] != before["sha256"]:
-                changed.append(
-                    f"  - {role}: trained on sha256 {before['sha256']} ({before['source']}),\n"
-                    f"    found sha256 {now['sha256']} ({now['source']})"
-                )
+        before = self.manifest.get("base", {})
+        now = {role: found[role] for role in before if role in found}
+        changed = about_other_bases(before, now, "trained on", "found")
         if changed:
             raise RunError(
                 "\n".join([f"{self.folder} was trained on other weights than its recipe now leads to:", *changed])
@@ -243,6 +237,26 @@ def load(folder: str | os.PathLike[str], *, device: str | None = None) -> Run:
     :raises RunError: no run there, or nothing trained yet.
     """
     return Run.open(Path(folder)).load(device)
+
+
+def about_other_bases(
+    one: Mapping[str, Mapping[str, str]], other: Mapping[str, Mapping[str, str]], said_of_one: str, said_of_other: str
+) -> list[str]:
+    """Return an indented line for each frozen model whose hash differs or that only one side has.
+
+    :param one: source and SHA-256 by role, as ``other``.
+    :param said_of_one: words in front of its hash, for example ``"trained on"``.
+    """
+    nothing = {"source": "none", "sha256": "none"}
+    lines = []
+    for role in sorted({*one, *other}):
+        ours, theirs = {**nothing, **one.get(role, {})}, {**nothing, **other.get(role, {})}
+        if ours["sha256"] != theirs["sha256"]:
+            lines.append(
+                f"  - {role}: {said_of_one} sha256 {ours['sha256']} ({ours['source']}),\n"
+                f"    {said_of_other} sha256 {theirs['sha256']} ({theirs['source']})"
+            )
+    return lines
 
 
 def _about_folder_in_use(folder: Path) -> str:

@@ -34,11 +34,14 @@ from lavintk.contracts import RunInfo, StepInfo
 from lavintk.data.batch import Batch
 from lavintk.data.batches import BatchLoader, ImageCache, make_batches
 from lavintk.data.images import check_images
+from lavintk.data.pack import GRAIN, repack, round_up
 from lavintk.data.records import Record
 from lavintk.data.tokenize import TokenizedRecord, tokenize_all
 from lavintk.devices import describe, enough_memory, peak_memory, pick_device, pick_precision
+from lavintk.engine import EagerEngine, Engine, NotRecordableError, choose_engine
 from lavintk.errors import DataError, LavintkError, OutOfMemoryError, RunError, TrainingError
 from lavintk.evaluate import mean_loss
+from lavintk.flat import flatten
 from lavintk.models.build import Assembly, build
 from lavintk.models.multimodal import count_parameters
 from lavintk.plugins import Plugins, installed_plugins
@@ -118,6 +121,7 @@ class Trainer:
     scaler: torch.amp.GradScaler
     assembly: Assembly
     optimizer: torch.optim.Optimizer
+    engine: Engine
     read_image: ImageCache | None
     rows: list[TokenizedRecord]
     validation: list[TokenizedRecord]
@@ -144,6 +148,7 @@ class Trainer:
         self._load_model()
         self._tokenize(*records)
         self._make_optimizer()
+        self._choose_engine()
         if resume:
             self._resume()
         trainable = count_parameters(self.assembly.model.trainable())
@@ -187,6 +192,7 @@ class Trainer:
 
     def _read_records(self) -> tuple[list[Record], list[Record]]:
         data = self.recipe.data
+        assert data.train is not None, "Recipe.check asks for it"
         records = load_records(data.train, data.split)
         validation = [] if data.validation is None else load_records(data.validation, data.validation_split)
         self.test = [] if data.test is None else load_records(data.test, data.test_split)  # not after hours of training
@@ -235,7 +241,31 @@ class Trainer:
         if self.device.type != "cuda" and optimizer.without_cuda:
             self.console.print(f"note: {optimizer.without_cuda}")
         groups = decay_groups(self.assembly.model.trainable(), settings.weight_decay)
+        if getattr(optimizer, "elementwise", False):
+            groups = flatten(groups)
         self.optimizer = optimizer.build(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+
+    def _choose_engine(self) -> None:
+        settings = self.recipe.train
+        longest = max(len(row) for row in self.rows)
+        capacity = settings.pack_tokens or round_up(settings.batch_size * longest, GRAIN)
+        self.engine, reason = choose_engine(settings.engine, self.assembly.model, self.scaler, capacity, settings.seed)
+        packs = self.engine.name == "graph" if settings.pack == "auto" else settings.pack
+        self._capacity = capacity if packs else None
+        plan = self._plan(epoch=0)
+        micro_batches, tokens = sum(map(len, plan)), sum(map(len, self.rows))
+        packed = f", {micro_batches} packs of {capacity} tokens, {tokens / micro_batches / capacity:.0%} full"
+        slower = f" ({reason})" if reason and self.device.type == "cuda" else ""
+        self.console.print(f"engine {self.engine.name}{slower}{packed if packs else ''}")
+
+    def _plan(self, epoch: int) -> list[list[list[int]]]:
+        """Return the rows of an epoch: for each optimizer step its micro-batches of indices."""
+        settings = self.recipe.train
+        batches = make_batches(self.rows, batch_size=settings.batch_size, seed=settings.seed, epoch=epoch)
+        windows = [batches[i : i + settings.accumulate] for i in range(0, len(batches), settings.accumulate)]
+        if self._capacity is None:
+            return windows
+        return [repack(self.rows, window, self._capacity) for window in windows]
 
     def _check_resumable(self) -> None:
         if not checkpoints(self.run.folder):
@@ -296,20 +326,14 @@ class Trainer:
 
     def windows(self) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each remaining optimizer step; the order depends on seed and epoch alone."""
-        settings = self.recipe.train
         while self.state.step < self.total_steps:
             epoch, offset = divmod(self.state.step, self.steps_per_epoch)
-            plan = make_batches(self.rows, batch_size=settings.batch_size, seed=settings.seed, epoch=epoch)
-            start = offset * settings.accumulate
-            loader = BatchLoader(self.rows, plan, self.read_image, start=start)
-            window: list[Batch] = []
-            for index, batch in enumerate(loader, start=start + 1):
-                window.append(batch)
-                if len(window) == settings.accumulate or index == len(plan):
-                    yield window
-                    window = []
-                    if self.state.step == self.total_steps:
-                        return
+            plan = self._plan(epoch)[offset:]
+            loader = iter(BatchLoader(self.rows, [batch for window in plan for batch in window], self.read_image))
+            for window in plan:
+                yield [next(loader) for _ in window]
+                if self.state.step == self.total_steps:
+                    return
 
     def step(self, window: list[Batch], started: float) -> StepInfo:
         """Take one optimizer step over ``window``; every labelled token of the window weighs the same.
@@ -326,20 +350,19 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         labelled = sum(batch.labelled for batch in window)
+        self.optimizer.zero_grad(set_to_none=False)
         losses = self._backward(window, labelled)
         loss = float(torch.stack(losses).sum())
         if not math.isfinite(loss):
             guilty = [batch for batch, part in zip(window, losses) if not bool(torch.isfinite(part))]
             raise TrainingError(self._not_finite("loss", loss, guilty or window))
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(
-            list(self.assembly.model.trainable().values()), settings.clip or float("inf")
-        )
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip or float("inf"))
         if not self.scaler.is_enabled() and not torch.isfinite(norm):  # the scaler leaves such a step out by itself
             raise TrainingError(self._not_finite("gradient's norm", float(norm), window))
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
         now = time.monotonic()
         self.state.seconds = now - started
@@ -351,13 +374,18 @@ class Trainer:
         )  # fmt: skip
 
     def _backward(self, window: list[Batch], labelled: int) -> list[torch.Tensor]:
-        losses = []
         with enough_memory(self.device, f"in step {self.state.step + 1}", lambda: self._what_to_lower(window)):
-            for batch in window:
-                loss = self.assembly.model.loss_sum(batch.to(self.device)) / labelled
-                self.scaler.scale(loss).backward()
-                losses.append(loss.detach())
-        return losses
+            try:
+                return self.engine.backward(window, labelled, self.state.step)
+            except NotRecordableError as error:
+                self._go_on_eagerly(str(error))
+                return self.engine.backward(window, labelled, self.state.step)
+
+    def _go_on_eagerly(self, reason: str) -> None:
+        if self.recipe.train.engine == "graph":
+            raise TrainingError(f"train.engine is 'graph', but {reason}. Use --engine auto or eager.")
+        self.engine = EagerEngine(self.assembly.model, self.scaler)
+        self.console.print(f"note: engine eager: {reason}")
 
     # -- what surrounds a step -------------------------------------------------------------------------------------
 

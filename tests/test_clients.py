@@ -1,11 +1,14 @@
-"""Exported folders in the programs of others: onnxruntime-genai, transformers, transformers.js in Node and Chromium."""
+"""Exported folders in the programs of others: onnxruntime, onnxruntime-genai, transformers, transformers.js.
+
+All prompts and greedy answers are those of lavintk's own runtime, whose logits other tests compare with the model's.
+"""
 
 import json
 import os
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +18,38 @@ import pytest
 from jinja2 import Environment
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import AutoConfig, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from lavintk.data.images import ImageProcessor
+import lavintk
 from lavintk.data.records import Message, Record
-from lavintk.data.template import Template, make_template
 from lavintk.errors import ModelError
+from lavintk.export import export_run
 from lavintk.models.tokenizer import load_tokenizer
+from lavintk.registry import Choice
+from lavintk.run import Run
+from lavintk.runtime import ExportedModel, load
+from lavintk.runtime.manifest import Manifest
+from lavintk.runtime.sessions import Opener
 from lavintk_onnx.folder import PLACEHOLDER, FolderDescription, model_config
 from lavintk_onnx.templates import text_prompt_is_exact, without_block_lines
-from tests.tiny import write_tokenizer
-from tests.tiny_graphs import PATCH, SIZE, greedy, write_client_folder, write_sentencepiece_like_tokenizer
+from tests.runs import COLOURS, multimodal, recipe, write_everything
+from tests.tiny import VOCABULARY, write_language_model
 
 Chat = list[dict[str, Any]]
+Array = NDArray[Any]
 CLIENTS = Path(__file__).parent / "clients"
 INSTALL = "see tests/clients/README.md for the command that installs it"
 QUESTION = 'what color is the "shape"?\nSay it: 漢 é.'
 SYSTEM = 'Be "brief".\nAlways {{ x }} \\ %}'
-COUNT = 8
+COUNT = 16
+MARGIN = 0.5
+"""Least lead of the best token: more than what kernels of other builds and processors make of 8-bit activations."""
+GRIDS: dict[str, dict[str, Any]] = {
+    "fp32": {"quant": "fp32"},
+    "int4": {"quant": "int4"},
+    "int4 for browsers": {"quant": "int4", "embed_quant": "fp16"},
+}
 LINES = """{# how it looks #}
 {%- set end = 'tail' %}
 {% for message in messages %}
@@ -59,75 +76,154 @@ WITH_BOS = (
 
 @dataclass(frozen=True)
 class Exported:
-    """A folder, what it was written from, and the template of training."""
+    """A folder and the trained run that it was exported from."""
 
     folder: Path
-    description: FolderDescription
-    template: Template
+    run: Run
+
+    @classmethod
+    def of(cls, run: Run, out: Path, **options: Any) -> "Exported":
+        export_run(Run.open(run.folder), Choice("onnx", options), out, verify=False)
+        return cls(out, run)
+
+    @property
+    def placeholder(self) -> int:
+        return int(self.run.assembly.model.language.config.vocab_size)
+
+    @property
+    def images(self) -> Any:
+        return self.run.assembly.images
+
+    @property
+    def stop(self) -> tuple[int, ...]:
+        return self.run.assembly.template.stop_ids
+
+    def json(self, name: str) -> Any:
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))
 
     def trained_ids(self, turns: Chat, picture: Path | None = None) -> list[int]:
         """Return the prompt's ids as in training, the placeholder's id in visual slots."""
-        messages = tuple(Message(turn["role"], turn["content"]) for turn in turns)
-        row = self.template.prompt(Record("r", messages, (picture,) if picture else ()))
+        row = self.run.assembly.template.prompt(as_record(turns, picture))
         slots = set(row.visual_slots)
-        return [self.description.placeholder_id if i in slots else id for i, id in enumerate(row.input_ids)]
-
-    def graph(self, role: str) -> Path:
-        return self.folder / self.description.graphs[role]
-
-    def run(self, role: str, **inputs: NDArray[Any]) -> NDArray[Any]:
-        found: NDArray[Any] = onnxruntime.InferenceSession(self.graph(role)).run(None, inputs)[0]
-        return found
-
-    def expected(self, ids: list[int], picture: Path | None = None) -> list[int]:
-        """Return greedy tokens of plain onnxruntime, up to and without the first that ends an answer."""
-        rows = np.array([ids], np.int64)
-        if self.description.images is None:
-            tokens = greedy(self.graph("decoder"), rows[0], COUNT)
-        else:
-            features = np.zeros((0, 64), np.float32)
-            if picture:
-                features = self.run("vision", pixel_values=self.description.images(picture)[None].numpy())
-            first = self.run("embedding", input_ids=rows, image_features=features)[0]
-            tokens = greedy(self.graph("decoder"), first, COUNT, self.graph("embed_tokens"))
-        return until_stop(tokens, self.description.stop_ids)
+        return [self.placeholder if i in slots else id for i, id in enumerate(row.input_ids)]
 
 
-def until_stop(tokens: list[int], stop: tuple[int, ...]) -> list[int]:
-    return tokens[: next((place for place, token in enumerate(tokens) if token in stop), len(tokens))]
+def as_record(turns: Chat, picture: Path | None) -> Record:
+    return Record("r", tuple(Message(turn["role"], turn["content"]) for turn in turns), (picture,) if picture else ())
 
 
-def export(folder: Path, tokenizer: Any, kind: str, *, vision: bool, system: str | None = None, **how: Any) -> Exported:
-    half = (0.5, 0.5, 0.5)
-    images = ImageProcessor(SIZE, SIZE, half, half) if vision else None
-    template = make_template(tokenizer, kind, system, visual_tokens=(SIZE // PATCH) ** 2 if vision else 0)
-    return Exported(folder, write_client_folder(folder, tokenizer, template, images=images, **how), template)
+@dataclass(frozen=True)
+class Case:
+    """A question to a folder."""
+
+    name: str
+    exported: Exported
+    question: str
+    colour: str
+    picture: Path | None = None
+
+    @property
+    def chat(self) -> Chat:
+        return asked(self.picture is not None, self.question)
+
+    @property
+    def record(self) -> Record:
+        return as_record(asked(text=self.question), self.picture)
+
+    @property
+    def trained_ids(self) -> list[int]:
+        return self.exported.trained_ids(asked(text=self.question), self.picture)
+
+    def own_answer(self) -> list[int]:
+        """Return the greedy ids of lavintk's runtime with the one decoder that other clients know, that for images."""
+        manifest = Manifest.read(self.exported.folder)
+        decoder = manifest.decoders.get("all") or manifest.decoders["image"]
+        model = ExportedModel(replace(manifest, decoders={"all": decoder}), Opener(threads=1))
+        (ids,) = model.answer_ids([self.record], max_new_tokens=COUNT)
+        row = model.template.prompt(self.record)
+        whole = replace(row, input_ids=row.input_ids + ids, labels=row.labels + ids)
+        best = np.sort(model.row_logits([whole])[0][len(row) - 1 : -1], axis=-1)[:, -2:]
+        assert np.diff(best).min() > MARGIN, f"{self.name}: rounding decides what is answered"
+        return ids
+
+    def task(self) -> dict[str, Any]:
+        """Return what tests/clients/common.mjs calls a task."""
+        image = {"image": str(self.picture)} if self.picture else {}
+        return {"folder": str(self.exported.folder), "messages": self.chat, "count": COUNT, **image}
+
+    def check(self, prompt: list[int], answer: list[int]) -> None:
+        """Compare ids with ours; some clients leave the one out that ends an answer."""
+        own = self.own_answer()
+        assert prompt == self.trained_ids, self.name
+        assert answer in (own, own[:-1] if own[-1] in self.exported.stop else own), self.name
+
+
+def said(colour: str) -> str:
+    """Return an answer of several tokens."""
+    return f"it is {colour}, {colour}"
+
+
+def train(base: Path, out: Path, language: str, *, seeing: bool, steps: int = 1, **data: Any) -> Run:
+    """Train a tiny run: LoRA on texts, or LaVIN's adapters on texts and pictures.
+
+    :param language: which of the language models of :func:`base`.
+    """
+    adapter = {"name": "mma", "dim": 16, "placement": "block"} if seeing else {"name": "lora", "r": 16}
+    content = (multimodal if seeing else recipe)(base, max_steps=steps, batch_size=8, lr=0.03 if seeing else 0.01)
+    content["model"]["language"] = str(base / language)
+    content["data"] |= data
+    return lavintk.train({**content, "adapter": adapter, "quant": "int4" if steps > 1 else "none"}, out)
 
 
 @pytest.fixture(scope="module")
-def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("byte_level")))
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, a vision tower and language models whose tokenizers are of two kinds."""
+    folder = write_everything(tmp_path_factory.mktemp("base"))
+    write_language_model(folder / "spaced")
+    write_sentencepiece_like_tokenizer(folder / "spaced")
+    rows = [json.loads(line) for line in (folder / "mixed.jsonl").read_text().splitlines()]
+    longer = [{**row, "answer": said(row["answer"])} for row in rows]
+    (folder / "mixed.jsonl").write_text("\n".join(map(json.dumps, longer)))
+    texts = [{"instruction": f"what color is {name}?", "input": "", "output": said(name)} for name in COLOURS]
+    (folder / "alpaca.json").write_text(json.dumps(texts))
+    return folder
 
 
 @pytest.fixture(scope="module")
-def spaced(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return load_tokenizer(write_sentencepiece_like_tokenizer(tmp_path_factory.mktemp("spaced")))
+def byte_level(base: Path) -> Any:
+    return load_tokenizer(base / "llm")
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory, byte_level: Any) -> Exported:
-    return export(tmp_path_factory.mktemp("text"), byte_level, "chat", vision=False)
+def spaced(base: Path) -> Any:
+    return load_tokenizer(base / "spaced")
 
 
 @pytest.fixture(scope="module")
-def vision(tmp_path_factory: pytest.TempPathFactory, spaced: Any) -> Exported:
-    """A model with vision, with the template and the BOS of LaVIN's LLaMA."""
-    return export(tmp_path_factory.mktemp("vision"), spaced, "lavin", vision=True, system="Be brief.")
+def text(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
+    """A text model with LoRA on each grid."""
+    root = tmp_path_factory.mktemp("text")
+    run = train(base, root / "run", "llm", seeing=False, steps=50, template="chat")
+    return {grid: Exported.of(run, root / grid, **options) for grid, options in GRIDS.items()}
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return noise(tmp_path_factory.mktemp("picture") / "picture.png", SIZE, SIZE)
+def vision(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
+    """A model with vision and LaVIN's adapters on each grid, with the template and the BOS of LaVIN's LLaMA."""
+    root = tmp_path_factory.mktemp("vision")
+    run = train(base, root / "run", "spaced", seeing=True, steps=80, template="lavin", system="Be brief.")
+    return {grid: Exported.of(run, root / grid, **options) for grid, options in GRIDS.items()}
+
+
+@pytest.fixture(scope="module")
+def cases(text: dict[str, Exported], vision: dict[str, Exported], base: Path) -> list[Case]:
+    """Questions of the training to both models on all grids."""
+    shape = "what color is the shape?"
+    return [
+        *(Case(f"text, {grid}", exported, "what color is black?", "black") for grid, exported in text.items()),
+        *(Case(f"vision without image, {grid}", exported, shape, "red") for grid, exported in vision.items()),
+        *(Case(f"vision, {grid}", exported, shape, "green", base / "2.png") for grid, exported in vision.items()),
+    ]
 
 
 def noise(path: Path, height: int, width: int) -> Path:
@@ -144,17 +240,17 @@ def genai() -> Any:
 
 
 @pytest.fixture(scope="module")
-def node() -> Callable[..., Any]:
-    """Return a function that runs a script of tests/clients and returns the JSON that it prints."""
+def script() -> Callable[..., Any]:
+    """Return a function that does tasks by a script of tests/clients and returns the results."""
     program = shutil.which("node")
     if program is None:
         pytest.skip(f"node is not installed; {INSTALL}")
     if not (CLIENTS / "node_modules" / "@huggingface" / "transformers").is_dir():
         pytest.skip(f"transformers.js is not installed; {INSTALL}")
 
-    def run(script: str, *arguments: object) -> Any:
-        given = [argument if isinstance(argument, (str, Path)) else json.dumps(argument) for argument in arguments]
-        done = subprocess.run([program, script, *given], cwd=CLIENTS, capture_output=True, text=True, timeout=120)
+    def run(name: str, tasks: list[dict[str, Any]]) -> Any:
+        command = [program, name, json.dumps(tasks)]
+        done = subprocess.run(command, cwd=CLIENTS, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
         return json.loads(done.stdout)
 
@@ -162,10 +258,17 @@ def node() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="module")
-def browser(node: Callable[..., Any]) -> Callable[..., Any]:
+def node(script: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda tasks: script("node.mjs", tasks)
+
+
+@pytest.fixture(scope="module")
+def browser(script: Callable[..., Any]) -> Callable[..., Any]:
     if not Path(os.environ.get("CHROMIUM", "/usr/bin/chromium")).exists():
         pytest.skip(f"Chromium is not installed; {INSTALL}")
-    return lambda *arguments: node("browser.mjs", *arguments)
+    if not (CLIENTS / "node_modules" / "playwright-core").is_dir():
+        pytest.skip(f"playwright-core is not installed; {INSTALL}")
+    return lambda tasks: script("browser.mjs", tasks)
 
 
 def asked(picture: bool = False, text: str = QUESTION) -> Chat:
@@ -173,16 +276,59 @@ def asked(picture: bool = False, text: str = QUESTION) -> Chat:
     return [{"role": "user", "content": [*image, {"type": "text", "text": text}] if picture else text}]
 
 
-def genai_answer(genai: Any, exported: Exported, chat: Chat, picture: Path | None) -> tuple[list[int], list[int]]:
+def test_our_runtime_says_what_was_trained_of_texts_and_pictures(cases: list[Case]) -> None:
+    """Else answers might agree whatever a client makes of its prompt."""
+    for case in cases:
+        said_by_model = load(case.exported.folder, threads=1).answer([case.record], max_new_tokens=COUNT)
+        assert said_by_model == [said(case.colour)], case.name
+
+
+def onnxruntime_answer(case: Case) -> list[int]:
+    """Return the greedy ids of plain onnxruntime, the whole sequence computed anew for each."""
+    model = case.exported.json("genai_config.json")["model"]
+    graphs = {"decoder": model["decoder"], **{role: model[role] for role in ("vision", "embedding") if role in model}}
+    sessions = {
+        role: onnxruntime.InferenceSession(case.exported.folder / graph["filename"]) for role, graph in graphs.items()
+    }
+    empty = {
+        entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
+        for entry in sessions["decoder"].get_inputs()
+        if entry.name.startswith("past_key_values")
+    }
+    features = np.zeros((0, model["decoder"]["hidden_size"]), np.float32)
+    if case.picture:
+        pixels = case.exported.images(case.picture)[None].numpy()
+        features = sessions["vision"].run(None, {"pixel_values": pixels})[0]
+    answer = list[int]()
+    for _ in range(COUNT):
+        ids = [*case.trained_ids, *answer]
+        given: dict[str, Array] = {"input_ids": np.array([ids])}
+        if "embedding" in sessions:
+            (embeds,) = sessions["embedding"].run(None, {**given, "image_features": features})
+            given = {"inputs_embeds": embeds}
+        mask = np.ones((1, len(ids)), np.int64)
+        logits = sessions["decoder"].run(["logits"], {**given, "attention_mask": mask, **empty})[0]
+        answer.append(int(logits[0, -1].argmax()))
+        if answer[-1] in case.exported.stop:
+            break
+    return answer
+
+
+def test_onnxruntime_answers_as_our_runtime_does(cases: list[Case]) -> None:
+    for case in cases:
+        case.check(case.trained_ids, onnxruntime_answer(case))
+
+
+def genai_answer(genai: Any, case: Case) -> tuple[list[int], list[int]]:
     """Return the ids of prompt and answer."""
-    model = genai.Model(str(exported.folder))
+    model = genai.Model(str(case.exported.folder))
     tokenizer = genai.Tokenizer(model)
-    prompt = tokenizer.apply_chat_template(json.dumps(chat), add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(json.dumps(case.chat), add_generation_prompt=True)
     parameters = genai.GeneratorParams(model)
-    if picture is None:
+    if case.picture is None:
         inputs, ids = None, [int(id) for id in tokenizer.encode(prompt)]
     else:
-        inputs = model.create_multimodal_processor()(prompt, images=genai.Images.open(str(picture)))
+        inputs = model.create_multimodal_processor()(prompt, images=genai.Images.open(str(case.picture)))
         ids = [int(id) for id in inputs["input_ids"].as_numpy()[0]]
     parameters.set_search_options(max_length=len(ids) + COUNT, do_sample=False)
     generator = genai.Generator(model, parameters)
@@ -195,54 +341,21 @@ def genai_answer(genai: Any, exported: Exported, chat: Chat, picture: Path | Non
     return ids, [int(id) for id in generator.get_sequence(0)][len(ids) :]
 
 
-def test_onnxruntime_genai_answers_text_as_plain_onnxruntime_does(genai: Any, text: Exported, vision: Exported) -> None:
-    for exported in (text, vision):
-        ids, answer = genai_answer(genai, exported, asked(), None)
-        assert ids == exported.trained_ids(asked())
-        assert answer == exported.expected(ids)
+def test_onnxruntime_genai_answers_as_our_runtime_does(genai: Any, cases: list[Case]) -> None:
+    for case in cases:
+        case.check(*genai_answer(genai, case))
 
 
-def test_onnxruntime_genai_answers_about_an_image_file_as_plain_onnxruntime_does(
-    genai: Any, vision: Exported, picture: Path
-) -> None:
-    ids, answer = genai_answer(genai, vision, asked(picture=True), picture)
-    assert ids == vision.trained_ids(asked(), picture)
-    assert answer == vision.expected(ids, picture)
+def test_transformers_js_answers_as_our_runtime_does(node: Callable[..., Any], cases: list[Case]) -> None:
+    for case, found in zip(cases, node([case.task() for case in cases]), strict=True):
+        case.check(found["input_ids"], found["generated_ids"])
 
 
-def test_transformers_js_answers_text_as_plain_onnxruntime_does(node: Callable[..., Any], text: Exported) -> None:
-    found = node("text.mjs", text.folder, asked(), COUNT)
-    assert found["input_ids"] == text.trained_ids(asked())
-    assert until_stop(found["generated_ids"], text.description.stop_ids) == text.expected(found["input_ids"])
-
-
-def test_transformers_js_answers_about_an_image_as_plain_onnxruntime_does(
-    node: Callable[..., Any], vision: Exported, picture: Path
-) -> None:
-    found = node("image.mjs", vision.folder, picture, asked(picture=True), COUNT)
-    assert found["input_ids"] == vision.trained_ids(asked(), picture)
-    assert until_stop(found["generated_ids"], vision.description.stop_ids) == vision.expected(
-        found["input_ids"], picture
-    )
-
-
-def test_a_browser_answers_text_as_plain_onnxruntime_does(browser: Callable[..., Any], text: Exported) -> None:
-    (found,) = browser(text.folder, [{"messages": asked(), "count": COUNT}])
-    assert found["input_ids"] == text.trained_ids(asked())
-    assert until_stop(found["generated_ids"], text.description.stop_ids) == text.expected(found["input_ids"])
-
-
-def test_a_browser_answers_about_an_image_and_text_as_plain_onnxruntime_does(
-    browser: Callable[..., Any], vision: Exported, picture: Path
-) -> None:
-    tasks = [
-        {"messages": asked(), "count": COUNT},
-        {"messages": asked(picture=True), "count": COUNT, "image": True},
-    ]
-    for found, shown in zip(browser(vision.folder, tasks, picture), (None, picture), strict=True):
-        assert found["input_ids"] == vision.trained_ids(asked(), shown)
-        answer = until_stop(found["generated_ids"], vision.description.stop_ids)
-        assert answer == vision.expected(found["input_ids"], shown)
+def test_a_browser_answers_as_our_runtime_does(browser: Callable[..., Any], cases: list[Case]) -> None:
+    """WebAssembly lacks the operator that gathers from 8-bit embeddings."""
+    fit = [case for case in cases if not case.name.endswith("int4")]
+    for case, found in zip(fit, browser([case.task() for case in fit]), strict=True):
+        case.check(found["input_ids"], found["generated_ids"])
 
 
 CONVERSATIONS: list[Chat] = [
@@ -273,7 +386,7 @@ class Prompts:
     def of(cls, exported: Exported, picture: Path) -> "Prompts":
         chats = CONVERSATIONS + [in_parts(chat, image=False) for chat in CONVERSATIONS]
         trained = [exported.trained_ids(chat) for chat in CONVERSATIONS] * 2
-        if exported.description.images is not None:
+        if exported.images is not None:
             chats = chats + [in_parts(chat, image=True) for chat in CONVERSATIONS]
             trained = trained + [single(exported, chat, picture) for chat in CONVERSATIONS]
         return cls(exported, chats, trained)
@@ -281,36 +394,33 @@ class Prompts:
 
 def single(exported: Exported, chat: Chat, picture: Path) -> list[int]:
     """Return the ids of training with one placeholder for the image, as a template writes it."""
-    ids, placeholder = exported.trained_ids(chat, picture), exported.description.placeholder_id
+    ids, placeholder = exported.trained_ids(chat, picture), exported.placeholder
     return [id for place, id in enumerate(ids) if id != placeholder or ids[place - 1] != placeholder]
 
 
 @pytest.fixture(scope="module")
-def prompts(
-    tmp_path_factory: pytest.TempPathFactory, byte_level: Any, spaced: Any, picture: Path
-) -> dict[str, Prompts]:
+def prompts(tmp_path_factory: pytest.TempPathFactory, base: Path) -> dict[str, Prompts]:
     """Folders of all kinds of templates."""
     root = tmp_path_factory.mktemp("prompts")
     files = {"lines": LINES, "bos": WITH_BOS}
     for name, content in files.items():
         (root / f"{name}.jinja").write_text(content, encoding="utf-8")
     kinds = {
-        "chat": (byte_level, "chat"),
-        "plain": (byte_level, "plain"),
-        "lines": (byte_level, str(root / "lines.jinja")),
-        "bos": (spaced, str(root / "bos.jinja")),
-        "lavin": (spaced, "lavin"),
-        "spaced": (spaced, "plain"),
+        "chat": ("llm", "chat"),
+        "plain": ("llm", "plain"),
+        "lines": ("llm", str(root / "lines.jinja")),
+        "bos": ("spaced", str(root / "bos.jinja")),
+        "lavin": ("spaced", "lavin"),
+        "spaced": ("spaced", "plain"),
     }
     found = {}
-    for name, (tokenizer, kind) in kinds.items():
+    for name, (language, kind) in kinds.items():
         for seeing in (False, True):
-            folder = root / f"{name}-{seeing}"
+            out = root / f"{name}-{seeing}"
             system = SYSTEM if seeing else None
-            exported = export(folder, tokenizer, kind, vision=seeing, system=system)
-            found[folder.name] = Prompts.of(exported, picture)
-    wide = export(root / "wide", byte_level, "chat", vision=True, system=SYSTEM, vocabulary=len(byte_level) + 5)
-    return {**found, "wide": Prompts.of(wide, picture)}
+            run = train(base, root / f"run-{out.name}", language, seeing=seeing, template=kind, system=system)
+            found[out.name] = Prompts.of(Exported.of(run, out, quant="fp32"), base / "1.png")
+    return found
 
 
 def test_transformers_gives_the_ids_of_training_with_the_exported_template(prompts: dict[str, Prompts]) -> None:
@@ -335,23 +445,23 @@ def test_transformers_js_gives_the_ids_of_training_with_the_exported_template(
     node: Callable[..., Any], prompts: dict[str, Prompts]
 ) -> None:
     tasks = [{"folder": str(given.exported.folder), "conversations": given.chats} for given in prompts.values()]
-    for (name, given), rows in zip(prompts.items(), node("prompts.mjs", tasks), strict=True):
+    for (name, given), rows in zip(prompts.items(), node(tasks), strict=True):
         for chat, trained, ids in zip(given.chats, given.trained, rows, strict=True):
             assert ids == trained, (name, chat)
 
 
 def test_the_placeholder_has_no_row_in_the_head_and_is_the_next_id_of_the_tokenizer(
-    prompts: dict[str, Prompts],
+    prompts: dict[str, Prompts], byte_level: Any, spaced: Any
 ) -> None:
-    for name in ("chat-True", "wide"):
-        exported = prompts[name].exported
-        tokenizer = AutoTokenizer.from_pretrained(exported.folder)
-        assert tokenizer.convert_tokens_to_ids(PLACEHOLDER) == exported.description.config.vocab_size
-        assert len(tokenizer) == exported.description.config.vocab_size + 1
+    assert len(byte_level) < len(spaced) == VOCABULARY
+    for name in ("chat-True", "lavin-True"):
+        tokenizer = AutoTokenizer.from_pretrained(prompts[name].exported.folder)
+        assert tokenizer.convert_tokens_to_ids(PLACEHOLDER) == VOCABULARY
+        assert len(tokenizer) == VOCABULARY + 1
 
 
-def test_a_text_model_refuses_images_in_the_template(text: Exported) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(text.folder)
+def test_a_text_model_refuses_images_in_the_template(text: dict[str, Exported]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(text["int4"].folder)
     with pytest.raises(Exception, match="takes no images"):
         tokenizer.apply_chat_template(asked(picture=True), tokenize=False)
 
@@ -367,9 +477,6 @@ def test_lavins_form_without_an_image_is_exact_only_where_a_space_keeps_texts_ap
 
 def load_tokenizer_with_words(byte_level: Any) -> Any:
     """Return a byte-level tokenizer in which ``AInstruction`` is cut otherwise than ``A`` and ``Instruction``."""
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
     content = json.loads(byte_level.backend_tokenizer.to_str())
     content["model"]["vocab"]["AI"] = len(content["model"]["vocab"])
     content["model"]["merges"].insert(0, ["A", "I"])
@@ -388,48 +495,76 @@ def test_a_template_without_block_lines_reads_the_same_in_both_settings(template
         assert environment.from_string(without_block_lines(template)).render(values) == expected
 
 
-def test_onnxruntime_genai_resizes_images_as_training_does(genai: Any, vision: Exported, tmp_path: Path) -> None:
-    wide = noise(tmp_path / "wide.png", 50, 90)
-    processor = genai.Model(str(vision.folder)).create_multimodal_processor()
+def test_onnxruntime_genai_resizes_images_as_training_does(
+    genai: Any, vision: dict[str, Exported], tmp_path: Path
+) -> None:
+    wide, exported = noise(tmp_path / "wide.png", 50, 90), vision["int4"]
+    processor = genai.Model(str(exported.folder)).create_multimodal_processor()
     pixels = processor(PLACEHOLDER, images=genai.Images.open(str(wide)))["pixel_values"].as_numpy()
-    assert vision.description.images is not None
-    np.testing.assert_allclose(pixels[0, 0], vision.description.images(wide).numpy(), atol=1e-6)
+    np.testing.assert_allclose(pixels[0, 0], exported.images(wide).numpy(), atol=1e-6)
 
 
 def test_transformers_js_resizes_images_nearly_as_training_does(
-    node: Callable[..., Any], vision: Exported, tmp_path: Path
+    node: Callable[..., Any], vision: dict[str, Exported], tmp_path: Path
 ) -> None:
-    wide = noise(tmp_path / "wide.png", 50, 90)
-    found = node("image.mjs", vision.folder, wide)
-    assert vision.description.images is not None
-    trained = vision.description.images(wide).numpy()
-    levels = np.abs(np.reshape(found["pixel_values"], found["pixel_dims"])[0] - trained) * 0.5 * 255
+    wide, exported = noise(tmp_path / "wide.png", 50, 90), vision["int4"]
+    (found,) = node([{"folder": str(exported.folder), "image": str(wide)}])
+    levels = np.abs(np.reshape(found["values"], found["dims"])[0] - exported.images(wide).numpy()) * 0.5 * 255
     assert levels.mean() < 1.5
 
 
-def test_transformers_reads_the_configuration_of_a_model_with_vision(vision: Exported) -> None:
-    config = AutoConfig.from_pretrained(vision.folder)
+def test_transformers_reads_the_configuration_of_a_model_with_vision(vision: dict[str, Exported]) -> None:
+    config = AutoConfig.from_pretrained(vision["int4"].folder)
     assert config.model_type == "llava"
-    assert config.image_token_index == vision.description.placeholder_id
-    assert config.text_config.vocab_size == vision.description.config.vocab_size
+    assert config.image_token_index == VOCABULARY
+    assert config.text_config.vocab_size == VOCABULARY
 
 
-def test_no_file_names_the_place_where_the_model_came_from(text: Exported, byte_level: Any) -> None:
-    for path in text.folder.glob("*.json*"):
-        assert str(byte_level.name_or_path) not in path.read_text(encoding="utf-8")
+def test_no_file_that_a_client_reads_names_the_place_where_the_model_came_from(
+    vision: dict[str, Exported], base: Path
+) -> None:
+    files = [path for path in vision["int4"].folder.iterdir() if path.is_file()]
+    naming = {path.name for path in files if str(base) in path.read_text(encoding="utf-8")}
+    assert naming <= {"lavintk_export.json", "README.md"}
 
 
-def test_a_graph_that_transformers_js_would_not_find_is_refused(vision: Exported) -> None:
-    graphs = {**vision.description.graphs, "vision": "onnx/vision_encoder_int3.onnx"}
-    description = FolderDescription(**{**vision.description.__dict__, "graphs": graphs})
-    with pytest.raises(ModelError, match=r"would not find onnx/vision_encoder_int3\.onnx"):
-        model_config(description)
+def test_a_graph_that_transformers_js_would_not_find_is_refused(byte_level: Any) -> None:
+    graphs = {"decoder": "onnx/model_int3.onnx"}
+    with pytest.raises(ModelError, match=r"would not find onnx/model_int3\.onnx"):
+        model_config(FolderDescription(LlamaConfig(), byte_level, "chat", (2,), 256, graphs))
 
 
-def test_graphs_of_different_precision_are_named_one_by_one(vision: Exported) -> None:
-    graphs = {**vision.description.graphs, "vision": "onnx/vision_encoder_fp16.onnx"}
-    hints = model_config(FolderDescription(**{**vision.description.__dict__, "graphs": graphs}))[
-        "transformers.js_config"
-    ]
-    assert hints["dtype"] == {"decoder_model_merged": "q4", "vision_encoder": "fp16", "embed_tokens": "q4"}
-    assert hints["use_external_data_format"] == {"decoder_model_merged_q4.onnx": 1}
+def test_graphs_of_different_precision_are_named_one_by_one(vision: dict[str, Exported]) -> None:
+    hints = vision["int4"].json("config.json")["transformers.js_config"]
+    assert hints["dtype"] == {"decoder_model_merged": "q4", "vision_encoder": "fp16", "embed_tokens": "int8"}
+    files = ("decoder_model_merged_q4.onnx", "vision_encoder_fp16.onnx", "embed_tokens_int8.onnx")
+    assert hints["use_external_data_format"] == dict.fromkeys(files, 1)
+    same = vision["fp32"].json("config.json")["transformers.js_config"]
+    assert same["dtype"] == "fp32"
+
+
+def write_sentencepiece_like_tokenizer(folder: Path) -> Path:
+    """Write a tokenizer built as LLaMA's: a space in front of every text, bytes for unknown characters, a BOS."""
+    backend: Any = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    cut = [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation(), pre_tokenizers.Split("\n", "isolated")]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(cut)  # so that no token goes across words, as in LLaMA's
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[*special, *(f"<0x{byte:02X}>" for byte in range(256))],
+        show_progress=False,
+    )
+    texts = ["Instruction: what color is the shape? Response: red", "Image: N/A is there a blue circle? yes or no"]
+    backend.train_from_iterator(texts * 4, trainer)
+    content = json.loads(backend.to_str())
+    content["added_tokens"] = content["added_tokens"][: len(special)]
+    backend = Tokenizer.from_str(json.dumps({**content, "pre_tokenizer": None}))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    make: Any = PreTrainedTokenizerFast
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+    make(tokenizer_object=backend, **roles).save_pretrained(folder)
+    return folder

@@ -16,6 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from lavintk.answer import Answerer
 from lavintk.checkpoints import save_model
@@ -211,6 +212,26 @@ def test_an_fp32_folder_has_the_logits_of_the_trained_model(
     assert products[1] > products[0]
 
 
+def test_the_norms_of_an_fp32_folder_are_as_exact_as_torchs(tmp_path: Path) -> None:
+    """Seen in wide rows, in a model whose logits are values behind its last norm."""
+    write_language_model(tmp_path / "llm", hidden_size=2048, intermediate_size=32, head_dim=16)
+    weights = load_file(tmp_path / "llm/model.safetensors")
+    for name, weight in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.zero_()
+    states = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"].copy_(torch.eye(*weights["lm_head.weight"].shape))
+    save_file(weights, tmp_path / "llm/model.safetensors", metadata={"format": "pt"})
+    data = {"train": {"name": "alpaca", "path": "unused.json"}}
+    run = trained(tmp_path / "run", {"model": {"language": str(tmp_path / "llm")}, "data": data}, std=0)
+    rows = states[run.load("cpu").assembly.template.tokenize_record(answered()).input_ids].double()
+    exact = rows / (rows.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weights["model.norm.weight"]
+    exact = exact[:, : len(weights["lm_head.weight"])]
+    folder = export(run, tmp_path / "out", **EXACT)
+    for values in (torch_logits(run, answered()), logits(folder, answered())):
+        assert float((torch.from_numpy(values) / exact - 1).abs().max()) < 4e-7
+
+
 @pytest.mark.parametrize("architecture", ["mistral", "smollm3"])
 def test_an_fp32_folder_generates_the_tokens_of_the_trained_model(architecture: str, tmp_path: Path) -> None:
     """Further than the sliding window reaches, token by token from the cache."""
@@ -227,6 +248,26 @@ def test_an_untrained_adapter_leaves_the_logits_of_the_base(form: str, tmp_path:
     folder = export(run, tmp_path / "out", adapter=form, **EXACT)
     assert distance(run, folder) < TOLERANCE
     assert facts(folder)["adapter"]["weight_error"] == 0
+
+
+@pytest.mark.parametrize(
+    ("quant", "adapter", "trained_on", "form", "reason"),
+    [
+        ("fp16", "lora", "none", "merge", "both negligible; merged is faster and smaller"),
+        ("fp32", "lora", "nf4", "merge", "both negligible; merged is faster and smaller"),
+        ("fp16", BLOCK_MMA, "none", "side", "both negligible; both modalities share all weights beside it"),
+        ("int4", "lora", "int4", "side", "beside the base"),
+        ("int8", "lora", "none", "side", "beside the base"),
+    ],
+)
+def test_the_form_of_the_adapter_follows_errors_that_count(
+    quant: str, adapter: Any, trained_on: str, form: str, reason: str, tmp_path: Path
+) -> None:
+    """A base in fp16 is exact beside the adapter, merged it is not: by so little that it does not show."""
+    run = text_run(tmp_path, adapter=adapter, quant=trained_on)
+    found = facts(export(run, tmp_path / "out", quant=quant))["adapter"]
+    assert found["form"] == form
+    assert found["reason"].endswith(reason)
 
 
 def test_a_side_path_is_there_only_where_the_adapter_is(tmp_path: Path) -> None:
@@ -375,8 +416,9 @@ def test_a_tied_table_is_stored_once(options: dict[str, Any], parts: int, tmp_pa
     assert divergence(run, folder) < (0.05 if "int4" in options.values() else 1e-3)
 
 
-def test_a_run_in_bf16_is_exported_with_the_weights_it_has(tmp_path: Path) -> None:
-    run = text_run(tmp_path, "qwen3")
+@pytest.mark.parametrize("adapter", ["lora", BLOCK_MMA])
+def test_a_run_in_bf16_is_exported_with_the_weights_it_has(adapter: Any, tmp_path: Path) -> None:
+    run = text_run(tmp_path, "qwen3", adapter)
     text = (run.folder / "recipe.yaml").read_text()
     assert "precision: fp32" in text
     (run.folder / "recipe.yaml").write_text(text.replace("precision: fp32", "precision: bf16"))

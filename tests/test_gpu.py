@@ -1,11 +1,14 @@
 """Training on a CUDA device: number types, agreement with the CPU, running out of memory."""
 
+import itertools
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import lavintk
@@ -13,7 +16,10 @@ from lavintk.dense import DenseQuantizer
 from lavintk.errors import OutOfMemoryError
 from lavintk.models.language import load_language_model
 from lavintk.models.sources import open_source
+from lavintk.plugins import installed_plugins
+from lavintk.recipe import make_recipe
 from lavintk.run import Run
+from lavintk.training import Trainer
 from tests.runs import multimodal, recipe
 from tests.tiny import write_language_model
 
@@ -48,6 +54,54 @@ def test_the_losses_in_fp32_are_those_of_a_cpu(tiny_folder: Path, tmp_path: Path
     on_cuda, on_cpu = run("cuda"), run("cpu")
     assert on_cuda[0] == pytest.approx(on_cpu[0], abs=1e-4)
     assert on_cuda == pytest.approx(on_cpu, abs=2e-2)  # Adam turns rounding near a gradient of 0 into whole steps
+
+
+def gradients(engine: str, folder: Path, **settings: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Return each step's loss and the last gradients, without taking steps."""
+    torch.manual_seed(0)
+    content = multimodal(folder, device="cuda", batch_size=2, accumulate=3, max_steps=1)
+    content["train"] |= {"engine": engine, "pack_tokens": 256, "checkpointing": settings.pop("checkpointing", True)}
+    content |= settings
+    run = Run.create(folder.parent / f"{engine}-{random.getrandbits(32)}", make_recipe(content))
+    trainer = Trainer(run, installed_plugins(), Console(quiet=True))
+    trainer.prepare(resume=False)
+    assert trainer.engine.name == engine
+    trainer.assembly.model.train()
+    found = []
+    trainable = trainer.assembly.model.trainable()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():  # nothing at its start value, where half of the gradients are 0
+        for parameter in trainable.values():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
+    for window in itertools.islice(trainer.windows(), 3):
+        trainer.optimizer.zero_grad(set_to_none=False)
+        found.append(float(sum(trainer.engine.backward(window, sum(b.labelled for b in window), 0))))
+        trainer.state.step = 0
+    return found, {name: p.grad.clone() for name, p in trainable.items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("quant", ["nf4", "fp4", "int4", "int8:threshold=0", "none"])
+@pytest.mark.parametrize("adapter", ["lora", "mma:dropout=0,visual=router", "mma:dropout=0,placement=block"])
+def test_a_replayed_graph_gives_the_gradients_of_eager_steps(
+    tiny_folder: Path, tmp_path: Path, adapter: str, quant: str, checkpointing: bool
+) -> None:
+    settings: dict[str, Any] = {"adapter": adapter, "quant": quant, "checkpointing": checkpointing}
+    eager, expected = gradients("eager", tiny_folder, **settings)
+    graph, found = gradients("graph", tiny_folder, **settings)
+    assert graph == pytest.approx(eager, rel=5e-3)
+    assert found.keys() == expected.keys()
+    whole = torch.cat([g.flatten() for g in expected.values()])
+    difference = torch.cat([(found[name] - g).flatten() for name, g in expected.items()])
+    assert difference.norm() < 0.03 * whole.norm()
+
+
+def test_dropout_in_a_graph_draws_the_same_mask_in_the_recomputation(tiny_folder: Path, tmp_path: Path) -> None:
+    """With the same seeds, recomputed layers give the gradients of kept ones only if masks agree."""
+    same = [gradients("graph", tiny_folder, adapter="mma:dropout=0.5", checkpointing=True) for _ in range(2)]
+    assert same[0][0] == same[1][0]
+    without, _ = gradients("graph", tiny_folder, adapter="mma:dropout=0", checkpointing=True)
+    assert same[0][0] != without
 
 
 def test_running_out_of_memory_says_what_to_lower_and_loses_nothing(

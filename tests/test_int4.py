@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lavintk.dense import DenseQuantizer
 from lavintk.errors import ModelError, OptionsError
 from lavintk.layers import FrozenLinear
 from lavintk.registry import Choice, Registry
+from lavintk.threads import each
 from lavintk_int4.quantizer import Int4Linear, Int4Quantizer
 from lavintk_int4.search import Search, quantize_blocks
 from tests.runs import multimodal, recipe, write_everything
@@ -495,6 +497,51 @@ def test_the_result_does_not_depend_on_how_a_weight_is_cut_or_laid_out(monkeypat
     torch.testing.assert_close(in_pieces.scales, expected.scales, rtol=1e-5, atol=0)
     assert torch.equal(in_pieces.codes, expected.codes)
     assert torch.equal(in_pieces.zero_points, expected.zero_points)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Set torch's threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_bit_is_the_same_whatever_the_number_of_threads_and_the_size_of_tiles(
+    search: Search, dtype: torch.dtype, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = make_weight(40, 700, dtype=dtype)  # 24 rows of 22 blocks and the rest: neither is a multiple of 64
+    monkeypatch.setitem(lavintk_int4.quantizer.PIECES, "cpu", 17_000)
+    found = []
+    for count, tile in ((1, 1 << 12), (2, 1 << 12), (3, 1 << 12), (1, 64), (3, 128)):
+        threads(count)
+        monkeypatch.setitem(lavintk_int4.quantizer.TILES, "cpu", tile)
+        found.append(Int4Quantizer(32, search).quantize(weight, None))
+        assert torch.get_num_threads() == count
+    for layer in found[1:]:
+        assert torch.equal(layer.codes, found[0].codes)
+        assert torch.equal(layer.scales, found[0].scales)
+        assert torch.equal(layer.zero_points, found[0].zero_points)
+        assert torch.equal(layer.dequantize(), found[0].dequantize())
+
+
+def test_each_piece_is_computed_by_one_thread(threads: Callable[[int], None]) -> None:
+    for count in (1, 2, 4):
+        threads(count)
+        assert each(lambda _: torch.get_num_threads(), range(6)) == [1] * 6
+        assert torch.get_num_threads() == count
+
+
+def test_a_layer_made_in_inference_mode_by_several_threads_is_the_same(threads: Callable[[int], None]) -> None:
+    weight = make_weight(600, 512)
+    expected = Int4Quantizer().quantize(weight, None)
+    threads(2)
+    with torch.inference_mode():
+        layer = Int4Quantizer().quantize(weight, None)
+        assert torch.equal(layer.codes, expected.codes)
+        assert torch.equal(layer.dequantize(), expected.dequantize())
 
 
 # --- bad input

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lavintk.dense import DenseQuantizer
-from lavintk.layers import DenseLinear, FrozenLinear, PackedWeight
+from lavintk.layers import DenseLinear, FrozenLinear, PackedWeight, forward_group
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -52,12 +53,67 @@ def test_gradient_of_a_frozen_layer_passes_gradcheck(bias: bool) -> None:
     assert torch.autograd.gradcheck(layer, (x,))
 
 
-def test_frozen_layer_keeps_no_tensor_for_the_backward_pass() -> None:
-    layer, kept = make_halves(), []
+@pytest.mark.parametrize("dense", [False, True])
+def test_frozen_layer_keeps_no_tensor_for_the_backward_pass(dense: bool) -> None:
+    halves, kept = make_halves(), []
+    layer = DenseLinear(halves.dequantize(), halves.bias) if dense else halves
     x = torch.randn(3, 7, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t), lambda t: t):
         layer(x)
     assert kept == []
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7), (0, 7)])
+def test_product_and_input_gradient_are_those_of_linear(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    layer = make_halves()
+    weight, x = layer.dequantize(dtype), torch.randn(*shape).to(dtype)
+    product = layer.product(x)
+    assert torch.equal(product, layer(x))
+    assert product.is_contiguous()
+    gradient = torch.randn_like(product)
+    assert torch.equal(layer.input_gradient(gradient), gradient @ weight)
+    total = torch.randn_like(x)
+    expected = total + gradient @ weight
+    assert layer.input_gradient(gradient, total) is total
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(total, expected, rtol=tolerance, atol=10 * tolerance)
+
+
+def test_input_gradient_takes_a_gradient_that_is_not_contiguous() -> None:
+    layer, total = make_halves(), torch.zeros(2, 3, 7)
+    gradient = torch.randn(3, 2, 5).transpose(0, 1)
+    torch.testing.assert_close(layer.input_gradient(gradient, total), gradient @ layer.dequantize())
+
+
+class Paired(nn.Linear):
+    """Notes which layers were computed together."""
+
+    together: list[int] = []
+
+    @classmethod
+    def forward_group(cls, layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+        cls.together.append(len(layers))
+        return [layer(x) for layer in layers]
+
+
+def test_layers_of_one_class_that_offers_it_are_computed_together() -> None:
+    Paired.together = []
+    layers, x = [Paired(7, 5), Paired(7, 2), Paired(7, 5)], torch.randn(3, 7)
+    expected = [layer(x) for layer in layers]
+    assert all(map(torch.equal, forward_group(layers, x), expected))
+    assert Paired.together == [3]
+
+
+def test_layers_of_several_classes_or_with_hooks_are_called_one_by_one() -> None:
+    Paired.together, called = [], []
+    layers, x = [Paired(7, 5), Paired(7, 2)], torch.randn(3, 7)
+    plain: list[nn.Module] = [make_halves(), make_halves()]
+    for mixed in ([layers[0], plain[0]], [plain[0], layers[0]], plain):
+        assert all(map(torch.equal, forward_group(mixed, x), [layer(x) for layer in mixed]))
+    layers[1].register_forward_hook(lambda *_: called.append(1))
+    forward_group(layers, x)
+    assert (Paired.together, called) == ([], [1])
 
 
 def test_frozen_layer_trains_nothing() -> None:

@@ -1,5 +1,7 @@
 import copy
 import json
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,18 +11,23 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 import lavintk_lora
 from lavintk import builtin, hookspecs
+from lavintk.dense import DenseQuantizer
 from lavintk.errors import CheckpointError, ModelError, OptionsError
-from lavintk.layers import DenseLinear
+from lavintk.layers import DenseLinear, FrozenLinear, forward_group
 from lavintk.models.connector import TapNeck
 from lavintk.models.multimodal import MultimodalModel
 from lavintk.models.vision import VisionTower
 from lavintk.plugins import CORE, Plugins
 from lavintk.registry import Choice
-from lavintk_lora.adapter import LoraAdapter
+from lavintk_bnb.quantizers import FourBitQuantizer, Int8Quantizer
+from lavintk_int4.quantizer import Int4Quantizer
+from lavintk_lora.adapter import LoraAdapter, LoraLinear
 
 # PEFT asks transformers for an attribute that transformers has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -396,3 +403,253 @@ def test_unfitting_options_are_refused_before_a_model_is_loaded(
     with pytest.raises(OptionsError) as caught:
         plugins.adapters["lora"].parse_options(options)
     assert fault in str(caught.value)
+
+
+# --- the products of layers with a common input
+
+
+BASES: dict[str, Any] = {
+    "dense": DenseQuantizer(),
+    "nf4": FourBitQuantizer("nf4"),
+    "int8": Int8Quantizer(),
+    "int4": Int4Quantizer(),
+}
+WIDTHS = {"q": (24, 4), "k": (16, 2), "v": (40, 5)}
+"""Outputs and rank of each layer of a group; the input is 64 wide."""
+
+
+class Counting(DenseLinear):
+    """Counts the products with its weight."""
+
+    products = gradients = 0
+
+    def product(self, x: Tensor) -> Tensor:
+        self.products += 1
+        return super().product(x)
+
+    def input_gradient(self, gradient: Tensor, total: Tensor | None = None) -> Tensor:
+        self.gradients += 1
+        return super().input_gradient(gradient, total)
+
+
+def trained(base: FrozenLinear, r: int, dropout: float = 0.0) -> LoraLinear:
+    layer = LoraLinear(base, lavintk_lora.LoraOptions(r=r, alpha=5, dropout=dropout))
+    nn.init.normal_(layer.up, 0, 0.1)
+    return layer
+
+
+def group_on(quantizer: Any, bias: bool = True) -> list[LoraLinear]:
+    torch.manual_seed(0)
+    sizes = WIDTHS.values()
+    return [trained(quantizer.quantize(torch.randn(n, 64), torch.randn(n) if bias else None), r) for n, r in sizes]
+
+
+def by_the_formula(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
+    """``W x + b + scale B A x`` in the type of ``x``, left to torch."""
+    outputs = []
+    for layer in layers:
+        bias = None if layer.base.bias is None else layer.base.bias.to(x.dtype)
+        update = F.linear(F.linear(x, layer.down.to(x.dtype)), layer.up.to(x.dtype))
+        outputs.append(F.linear(x, layer.base.dequantize(x.dtype), bias) + layer.scale * update)
+    return outputs
+
+
+def outputs_and_gradients(
+    function: Callable[[Sequence[LoraLinear], Tensor], list[Tensor]], layers: list[LoraLinear], x: Tensor
+) -> list[Tensor]:
+    """Return the outputs, then the gradients of x (if it has one) and of all A and B, for a loss of random weights."""
+    leaf = x.detach().requires_grad_(x.requires_grad)
+    outputs = function(layers, leaf)
+    generator = torch.Generator().manual_seed(3)
+    weights = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
+    leaves = [leaf] * x.requires_grad + [p for layer in layers for p in layer.parameters()]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, weights)]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    wanted = expected.detach().double()
+    return float((actual.detach().double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("members", [["q", "k", "v"], ["k"]])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen_input", [False, True])
+@pytest.mark.parametrize("base", BASES)
+def test_a_group_has_the_outputs_and_gradients_of_the_formula(
+    base: str, frozen_input: bool, bias: bool, members: list[str]
+) -> None:
+    layers = [layer for name, layer in zip(WIDTHS, group_on(BASES[base], bias)) if name in members]
+    x = torch.randn(2, 7, 64, requires_grad=not frozen_input)
+    actual = outputs_and_gradients(forward_group, layers, x)
+    expected = outputs_and_gradients(by_the_formula, layers, x)
+    assert len(actual) == 3 * len(layers) + (not frozen_input)
+    for ours, theirs in zip(actual, expected):
+        assert ours.shape == theirs.shape
+        assert relative_error(ours, theirs) < 1e-6
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_in_bf16_a_group_is_as_near_to_the_exact_one_as_the_formula_is(base: str) -> None:
+    layers = group_on(BASES[base])
+    x = torch.randn(50, 64).bfloat16().requires_grad_()
+    exact = outputs_and_gradients(by_the_formula, layers, x.detach().float().requires_grad_())
+    formula = outputs_and_gradients(by_the_formula, layers, x)
+    actual = outputs_and_gradients(forward_group, layers, x)
+    assert [tensor.dtype for tensor in actual] == [torch.bfloat16] * 4 + [torch.float32] * 6
+    for ours, theirs, wanted in zip(actual, formula, exact):
+        assert relative_error(ours, wanted) < 1.2 * relative_error(theirs, wanted) < 0.02
+
+
+def test_the_gradients_of_a_group_pass_gradcheck() -> None:
+    torch.manual_seed(0)
+    layers = [trained(DenseLinear(torch.randn(n, 3), torch.randn(n)), r).double() for n, r in ((4, 2), (2, 1))]
+    x = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
+    parameters = [p for layer in layers for p in layer.parameters()]
+
+    def outputs(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return tuple(forward_group(layers, x))
+
+    assert torch.autograd.gradcheck(outputs, (x, *parameters))
+
+
+@pytest.mark.parametrize("shape", [(64,), (0, 64), (3, 1, 2, 64)])
+def test_any_number_of_rows_goes_through_a_group(shape: tuple[int, ...]) -> None:
+    layers, x = group_on(BASES["nf4"]), torch.randn(*shape, requires_grad=True)
+    expected = outputs_and_gradients(by_the_formula, layers, x)
+    torch.testing.assert_close(outputs_and_gradients(forward_group, layers, x), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(forward_group(layers, x), by_the_formula(layers, x))
+
+
+def test_outputs_that_nobody_uses_cost_no_product() -> None:
+    layers, x = group_on(BASES["dense"]), torch.randn(5, 64, requires_grad=True)
+    layers[1].base = Counting(layers[1].base.dequantize())
+    results = []
+    for function in (forward_group, by_the_formula):
+        outputs = function(layers, x)
+        leaves = [x, *layers[0].parameters(), *layers[2].parameters()]
+        results.append(torch.autograd.grad(outputs[0].sum() + outputs[2].square().sum(), leaves))
+    torch.testing.assert_close(*results)
+    assert (layers[1].base.products, layers[1].base.gradients) == (1, 0)
+
+
+def test_an_input_without_gradient_costs_no_product_with_the_weight() -> None:
+    base = Counting(torch.randn(4, 3))
+    trained(base, 2)(torch.randn(5, 3)).sum().backward()
+    assert (base.products, base.gradients) == (1, 0)
+
+
+def test_a_group_keeps_its_input_the_inner_values_and_a_and_b_until_the_backward_pass() -> None:
+    class Kept:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+    layers, x = group_on(BASES["nf4"]), torch.randn(7, 64, requires_grad=True)
+    kept: list[Callable[[], Kept | None]] = []
+
+    def keep(tensor: Tensor) -> Kept:
+        holder = Kept(tensor)
+        kept.append(weakref.ref(holder))
+        return holder
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda holder: holder.tensor):
+        outputs = forward_group(layers, x)
+    held = [holder.tensor.shape for holder in (reference() for reference in kept) if holder]
+    assert held == [(7, 64), (7, 11), (11, 64), (24, 4), (16, 2), (40, 5)]
+    torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs], retain_graph=True)
+    once = x.grad
+    assert once is not None
+    once, x.grad = once.clone(), None
+    torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+    torch.testing.assert_close(x.grad, once)
+    assert not any(reference() for reference in kept)  # though the graph, which outputs refer to, still exists
+
+
+def test_a_checkpointed_block_that_ends_in_lora_is_recomputed_up_to_its_last_product() -> None:
+    torch.manual_seed(0)
+    bases = [Counting(torch.randn(*shape)) for shape in ((40, 32), (40, 32), (32, 40))]
+    gate, up, down = layers = [trained(base, 3) for base in bases]
+
+    def block(x: Tensor) -> Tensor:
+        opened, raised = forward_group([gate, up], x)
+        return x + cast(Tensor, down(F.silu(opened) * raised))
+
+    def recomputed(_: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
+        return [cast(Tensor, checkpoint(block, x, use_reentrant=False))]
+
+    x = torch.randn(2, 5, 32, requires_grad=True)
+    actual = outputs_and_gradients(recomputed, layers, x)
+    assert [base.products for base in bases] == [2, 2, 1]
+    assert [base.gradients for base in bases] == [1, 1, 1]
+    torch.testing.assert_close(actual, outputs_and_gradients(lambda _, x: [block(x)], layers, x))
+
+
+def test_layers_of_which_some_have_no_adapter_are_computed_one_by_one() -> None:
+    adapted, plain = group_on(BASES["dense"])[0], DenseLinear(torch.randn(6, 64))
+    x = torch.randn(5, 64)
+    outputs = forward_group([adapted, plain, adapted], x)
+    torch.testing.assert_close(outputs, [*by_the_formula([adapted], x), F.linear(x, plain.weight), outputs[0]])
+
+
+def test_with_dropout_each_layer_of_a_group_draws_a_mask_of_its_own() -> None:
+    layers = [trained(DenseLinear(torch.zeros(6, 64)), 4, dropout=0.5).train() for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(5, 64)
+    torch.manual_seed(1)
+    drawn = forward_group(layers, x)
+    torch.manual_seed(1)
+    expected = []
+    for layer in layers:
+        expected.append(layer.scale * F.dropout(x, 0.5) @ layer.down.t() @ layer.up.t())
+    torch.testing.assert_close(drawn, expected)
+    assert not torch.equal(*drawn)
+    for layer in layers:
+        layer.eval()
+    torch.testing.assert_close(forward_group(layers, x), by_the_formula(layers, x))
+
+
+def test_a_hook_on_a_frozen_layer_sees_its_input_and_may_change_its_output() -> None:
+    layers, x, seen = group_on(BASES["dense"]), torch.randn(5, 64), []
+    plain = forward_group(layers, x)
+
+    def hook(layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen.append(arguments[0])
+        return output + 1
+
+    handle = layers[1].base.register_forward_hook(hook)
+    hooked = forward_group(layers, x)
+    assert [tensor is x for tensor in seen] == [True]
+    torch.testing.assert_close(hooked, [plain[0], plain[1] + 1, plain[2]])
+    handle.remove()
+    assert torch.equal(forward_group(layers, x)[1], plain[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("base", ["dense", "nf4", "int4"])
+# as in test_bnb_quantizers: the leaves are warmed up on a side stream
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
+def test_a_cuda_graph_replays_a_group_with_its_gradients(base: str) -> None:
+    layers = [layer.cuda() for layer in group_on(BASES[base])]
+    x = torch.randn(48, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    leaves = [x, *(p for layer in layers for p in layer.parameters())]
+
+    def step() -> list[Tensor]:
+        outputs = forward_group(layers, x)
+        return [*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf.copy_(torch.randn_like(leaf))
+    graph.replay()
+    wide = x.detach().float().requires_grad_()
+    outputs = by_the_formula(layers, wide)
+    gradients = torch.autograd.grad(outputs, [wide, *leaves[1:]], [torch.ones_like(y) for y in outputs])
+    for ours, theirs in zip(captured, [*outputs, *gradients]):
+        assert relative_error(ours, theirs) < 0.01

@@ -1,5 +1,6 @@
 """LaVIN's adapters: size, start, routing, fold."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from lavintk.data.batch import Batch
+from lavintk.data.pack import Pack, PackShape
 from lavintk.dense import DenseQuantizer
 from lavintk.errors import CheckpointError, NotAffineError
 from lavintk.layers import DenseLinear
@@ -152,6 +154,25 @@ def test_a_rows_output_does_not_depend_on_its_neighbours() -> None:
             )
         )
     torch.testing.assert_close(together[7:], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("placement", ["attn", "block"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_pack_has_the_loss_and_the_gradients_of_its_rows(placement: str, checkpointing: bool) -> None:
+    """The filling, images that are not there and the modality tokens' own segments change nothing."""
+    results = []
+    for packed in (False, True):
+        model = make_model(MixtureOptions(visual="router", placement=placement)).eval()  # type: ignore[arg-type]
+        randomize(model)
+        model.checkpointing = checkpointing
+        batch = make_batch(model)
+        shape = PackShape.of(batch, 64, model.visual_tokens, side=2)
+        assert batch.pixel_values is not None
+        shape = replace(shape, images=batch.pixel_values.shape[0] + 2)
+        loss = model.pack_loss_sum(Pack.of(batch, shape, side=2)) if packed else model.loss_sum(batch)
+        loss.backward()
+        results.append((loss, {name: p.grad for name, p in model.trainable().items()}))
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("compat", ["none", "lavin"])
@@ -344,3 +365,21 @@ def test_of_lavins_own_names_every_fault_is_listed_and_nothing_is_changed() -> N
     ):
         assert fault in faults
     assert all(torch.equal(before[name], parameter) for name, parameter in model.trainable().items())
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_routing_tables_do_not_depend_on_the_precision_of_the_model(half: torch.dtype) -> None:
+    """They are folded into weights; beside the rows, the side tokens run in the model's own type."""
+    model = make_model(MixtureOptions(placement="block")).eval()
+    randomize(model)
+    model.language.to(half)
+    adapter = model.adapter
+    assert isinstance(adapter, MixtureOfModalityAdapter)
+    found = adapter.routing()
+    with torch.no_grad():
+        model.hidden(make_batch(model))
+    beside = {key: norm.table for key, norm in adapter._norms.items()}
+    model.language.float()  # the same weights
+    for key, table in adapter.routing().items():
+        torch.testing.assert_close(found[key], table, rtol=0, atol=1e-6)
+        torch.testing.assert_close(beside[key], table, rtol=0, atol=0.02)

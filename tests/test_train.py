@@ -123,6 +123,20 @@ def test_an_interrupted_run_resumes_to_exactly_the_weights_of_an_uninterrupted_o
         assert torch.equal(weights(resumed)[name], expected), name
 
 
+def test_packed_steps_learn_what_unpacked_ones_do_with_fewer_micro_batches(tiny_folder: Path, tmp_path: Path) -> None:
+    content = multimodal(tiny_folder, max_steps=4, batch_size=1, accumulate=4)
+    content["adapter"] = {"name": "mma", "dropout": 0.0}
+    runs = {}
+    for packed in (False, True):
+        given = content | {"train": content["train"] | {"pack": packed, "pack_tokens": 128}}
+        run = lavintk.train(given, tmp_path / str(packed))
+        metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+        runs[packed] = [[line[key] for line in metrics] for key in ("tokens", "loss", "gradient_norm")]
+    assert runs[True][0] == runs[False][0]  # the same rows in each step
+    assert runs[True][1] == pytest.approx(runs[False][1], rel=1e-4)
+    assert runs[True][2] == pytest.approx(runs[False][2], rel=1e-3)
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_records_and_keeps_the_last_good_state(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lavintk import __version__
 from lavintk.data.exported import exported_tokenizer, renders_as_trained
 from lavintk.merge import ALL
+from lavintk.model_card import made_from, origin
 
 if TYPE_CHECKING:
     from lavintk.models.build import Assembly
@@ -19,12 +20,10 @@ def write_card(out: Path, file: Path, run: Run, assembly: Assembly, condition: s
     """Write what ``file`` holds, what it was made from and how it is used."""
     recipe = run.recipe
     lines = ["---", "library_name: gguf", "tags: [lavintk]", "---", f"# {recipe.name}", ""]
-    lines += [f"Exported by lavintk {__version__} from the run `{recipe.name}`.", "", "## What it holds", ""]
+    lines += [f"Exported by lavintk {__version__} from {origin(run)}.", "", "## What it holds", ""]
     for line in _contents(file, run, condition, architecture):
         lines += [line, ""]
-    lines += ["## Made from", ""]
-    lines += [f"- {role}: {found['source']}, sha256 `{found['sha256']}`" for role, found in assembly.base.items()]
-    lines += [f"- adapter: `{recipe.adapter}`", f"- base stored in training as: `{recipe.quant}`", ""]
+    lines += ["## Made from", "", *made_from(run, assembly.base), ""]
     lines += ["The licence of the base holds for this file too.", "", "## Use", ""]
     lines += ["```", f"llama-cli -m {file.name} --jinja", "```", ""]
     if recipe.data.system:
@@ -49,7 +48,8 @@ def write_card(out: Path, file: Path, run: Run, assembly: Assembly, condition: s
 
 def _contents(file: Path, run: Run, condition: str, architecture: Architecture) -> list[str]:
     recipe, config = run.recipe, architecture.config
-    lines = [f"`{file.name}`: a {architecture.name} for llama.cpp, with the adapter folded in."]
+    folded = "" if recipe.adapter is None else ", with the adapter folded in"
+    lines = [f"`{file.name}`: a {architecture.name} for llama.cpp{folded}."]
     if recipe.quant.name != "none":
         lines.append(
             f"The adapter was trained on the base rounded to {recipe.quant.name}. The weights are those, in the type "

@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lavintk.errors import ModelError
-from lavintk.merge import PlainModel, load_on_cpu, pick_condition, tensors, with_biases
+from lavintk.merge import LANGUAGE, PlainModel, load_on_cpu, pick_condition, tensors, with_biases
 from lavintk.models.catalog import locate
 from lavintk_gguf.architecture import Architecture
 from lavintk_gguf.card import write_card
 from lavintk_gguf.tokenizer import add_tokenizer
 
 if TYPE_CHECKING:
+    from lavintk.models.multimodal import MultimodalModel
     from lavintk.run import Run
     from lavintk_gguf import GgufOptions
 
@@ -59,6 +60,17 @@ class GgufExporter:
         writer.close()
         write_card(out, path, run, assembly, condition, architecture)
 
+    def bytes_needed(self, run: Run, outline: MultimodalModel) -> int:
+        """Return the bytes of the tensors; see :class:`lavintk.contracts.SizedExporter`."""
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{name}.weight": (layer.out_features, layer.in_features) for name, layer in outline.linears().items()
+        }
+        shapes |= {name: tuple(parameter.shape) for name, parameter in outline.frozen_parameters().items()}
+        own = {name.removeprefix(LANGUAGE): shape for name, shape in shapes.items() if name.startswith(LANGUAGE)}
+        if outline.language.config.tie_word_embeddings:
+            own.pop("lm_head.weight", None)
+        return sum(_nbytes(shape, self._type_of(name, shape)) for name, shape in own.items())
+
     def _add_general(self, writer: Any, run: Run) -> None:
         from gguf import GGML_QUANT_VERSION, GGUFType, LlamaFileType
 
@@ -97,11 +109,18 @@ class GgufExporter:
 
     @staticmethod
     def _announce(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None:
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+        from gguf import GGMLQuantizationType
 
         code = GGMLQuantizationType[kind]
-        values, nbytes = GGML_QUANT_SIZES[code]
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), prod(shape) // values * nbytes, raw_dtype=code)
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), _nbytes(shape, kind), raw_dtype=code)
+
+
+def _nbytes(shape: tuple[int, ...], kind: str) -> int:
+    """Return the bytes of a tensor in a GGML type."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    values, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return prod(shape) // values * nbytes
 
 
 def _stored(name: str, values: NDArray[np.float32], kind: str) -> NDArray[Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lavintk import __version__
 from lavintk.merge import ALL
+from lavintk.model_card import made_from, origin
 
 if TYPE_CHECKING:
     from lavintk.models.build import Assembly
@@ -63,13 +64,12 @@ def write_card(out: Path, run: Run, assembly: Assembly | None, card: Card) -> No
 
     :param assembly: the loaded run, where it was loaded.
     """
-    name, recipe = run.recipe.name, run.recipe
+    name = run.recipe.name
     head = ["---", "library_name: " + ("peft" if card.kind == "peft" else "transformers"), "tags: [lavintk]", "---"]
-    lines = [*head, f"# {name}", "", f"Exported by lavintk {__version__} from the run `{name}`.", ""]
+    lines = [*head, f"# {name}", "", f"Exported by lavintk {__version__} from {origin(run)}.", ""]
     lines += ["## What it holds", "", *_contents(run, card), "", "## Made from", ""]
     base = assembly.base if assembly is not None else run.manifest.get("base", {})
-    lines += [f"- {role}: {found['source']}, sha256 `{found['sha256']}`" for role, found in base.items()]
-    lines += [f"- adapter: `{recipe.adapter}`", f"- base stored in training as: `{recipe.quant}`", ""]
+    lines += [*made_from(run, base), ""]
     lines += ["The licence of the base holds for this folder too.", "", "## Use", ""]
     lines += ["```python", _USE[card.kind].replace("(folder", '("this folder"').replace(", folder", ', "this folder"')]
     lines += ["```", "", *_prompt(run, assembly, card)]
@@ -79,7 +79,8 @@ def write_card(out: Path, run: Run, assembly: Assembly | None, card: Card) -> No
 def _contents(run: Run, card: Card) -> list[str]:
     if card.kind == "peft":
         return _peft_contents(run)
-    lines = [f"The weights are {card.dtype}, with the adapter folded in."]
+    folded = "" if run.recipe.adapter is None else ", with the adapter folded in"
+    lines = [f"The weights are {card.dtype}{folded}."]
     if run.recipe.quant.name != "none":
         lines.append(
             f"They are those of the base as it was trained on, rounded to {run.recipe.quant.name} and back, not the "

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from lavintk.checkpoints import CONNECTOR
 from lavintk.data.exported import exported_tokenizer, renders_as_trained, write_generation_config
 from lavintk.errors import ModelError
-from lavintk.merge import IMAGE, TEXT, PlainModel, load_on_cpu, pick_condition, tensors, with_biases
+from lavintk.merge import IMAGE, LANGUAGE, TEXT, PlainModel, load_on_cpu, pick_condition, tensors, with_biases
 from lavintk.models.catalog import locate
 from lavintk.models.connector import PatchProjector
 from lavintk.models.sources import open_source
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from lavintk.models.build import Assembly
+    from lavintk.models.multimodal import MultimodalModel
     from lavintk.run import Run
     from lavintk_hf import HfOptions
 
@@ -64,6 +65,18 @@ class HfExporter:
         tokenizer.save_pretrained(out)
         exact = renders_as_trained(assembly, tokenizer)
         write_card(out, run, assembly, Card(kind, condition, str(dtype).removeprefix("torch."), exact))
+
+    def bytes_needed(self, run: Run, outline: MultimodalModel) -> int:
+        """Return the bytes of the language model's weights; see :class:`lavintk.contracts.SizedExporter`."""
+        linears, others = outline.linears(), outline.frozen_parameters()
+        count = sum(m.out_features * m.in_features for n, m in linears.items() if n.startswith(LANGUAGE))
+        tied = bool(outline.language.config.tie_word_embeddings)
+        count += sum(
+            p.numel()
+            for n, p in others.items()
+            if n.startswith(LANGUAGE) and not (tied and n.endswith("lm_head.weight"))
+        )
+        return count * self._dtype(run).itemsize
 
     def _modality(self, assembly: Assembly) -> str:
         """Return the modality whose weights are written."""

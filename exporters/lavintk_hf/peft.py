@@ -20,6 +20,7 @@ from lavintk.checkpoints import ADAPTER, how_to_go_on
 from lavintk.contracts import AffineUpdate
 from lavintk.errors import ModelError, RunError
 from lavintk.merge import ALL, LANGUAGE, load_on_cpu
+from lavintk.model_card import origin
 from lavintk.run import MODEL
 from lavintk_hf.card import Card, write_card
 
@@ -45,6 +46,8 @@ class PeftExporter:
         :raises ModelError: the adapter is no LoRA and has no exact form as one, or changes the vision tower.
         :raises NotAffineError: the adapter has no affine form at all.
         """
+        if run.recipe.adapter is None:
+            raise ModelError(f"{origin(run)} has no adapter, so there is nothing to export in PEFT's format")
         saved = run.folder / MODEL / ADAPTER
         if not saved.is_dir():
             raise RunError(f"{run.folder} holds no trained weights yet. {how_to_go_on(run.folder)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +14,7 @@ import click
 from torch import Tensor
 
 from lavintk import __version__
-from lavintk.errors import ModelError
+from lavintk.errors import ModelError, RunError
 from lavintk.merge import merged_weight
 from lavintk.registry import Choice
 from lavintk_onnx.decoder import PREFIX, DecoderPlan, DecoderWriter, ErrorSum, Quantizers
@@ -40,9 +40,13 @@ SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "int4": "_q4", "nf4": 
 """What the names of graphs end in, as transformers.js looks for them."""
 TRAINED_SCHEMES = {"int4-block": "int4", "nf4": "nf4", "int8-row": "int8"}
 """Grids on which a trained base can be copied, by what its layers call their storage."""
+BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1 + 5 / 32, "int4": 0.5 + 4.5 / 32, "nf4": 0.5 + 4 / 64}
+"""Of a weight, with its share of the scale and the zero point of its block."""
 LONGEST_CONTEXT = 32768
 CLEARLY_LESS = 0.9
 """A side path costs time, so it has to leave at most this share of the error that merging leaves."""
+NEGLIGIBLE = 1e-3
+"""Relative error of weights below which less does not show: fp16 leaves 2e-4, the nearest coarser grid, int8, 5e-3."""
 
 
 class OnnxExporter:
@@ -62,7 +66,7 @@ class OnnxExporter:
         assembly, report = self._load(run)
         model = assembly.model
         _check_manner(model)
-        grid, reason = self._grid(model, run.recipe.quant.name if report else None)
+        grid, reason = self._grid(model, run.recipe.quant.name if report else None, run.recipe.data.train is not None)
         click.echo(f"linear layers: {grid} ({reason})")
         updates = LayerUpdates(model)
         merge, why = self._adapter_form(model, grid, updates)
@@ -72,11 +76,36 @@ class OnnxExporter:
         writing.write(updates)
         _describe(run, assembly, writing, reason, why, report)
 
+    def bytes_needed(self, run: Run, outline: MultimodalModel) -> int:
+        """Return the bytes of the weights; see :class:`lavintk.contracts.SizedExporter`.
+
+        Where LaVIN's modalities are merged, those of the second decoder come on top.
+        """
+        grid: Grid = "int4" if run.recipe.quant.name == "int4" else "int8"
+        grid = grid if self.options.quant == "keep" else self.options.quant
+        seeing, patterns = outline.vision is not None, self.options.patterns()
+        tables = _Tables.of(self.options, grid)
+        needed = 0.0
+        for name, layer in outline.linears().items():
+            on = tables.vision if not name.startswith(PREFIX) else _grid_of(name, patterns, grid)
+            needed += layer.out_features * layer.in_features * BYTES[on]
+        config = outline.language.config
+        rows = int(config.vocab_size) * outline.hidden_size
+        needed += rows * BYTES[tables.embed]
+        if seeing or not config.tie_word_embeddings or tables.embed != tables.head:
+            needed += rows * BYTES[tables.head]
+        return int(needed)
+
     def _load(self, run: Run) -> tuple[Assembly, dict[str, Any]]:
         """Load the model; where its grid changes to int4, round it with the training data in mind."""
         target = self.options.quant
         changes = target == "int4" and run.recipe.quant.name != "int4"
-        if not changes or not (self.options.calibrate or self.options.retune):
+        untrained = run.recipe.data.train is None
+        if untrained and self.options.retune:
+            raise RunError("retune needs training data, and a model that was not trained here has none: leave it out")
+        if changes and untrained and self.options.calibrate:
+            click.echo("int4 is rounded without calibration: there is no training data, as the model is not a run's")
+        if untrained or not changes or not (self.options.calibrate or self.options.retune):
             return run.load("cpu", stream=True).assembly, {}
         from rich.console import Console
 
@@ -91,10 +120,11 @@ class OnnxExporter:
             click.echo(f"after {report.steps} steps of tuning: {report.retuned}")
         return run.assembly, {"requantized": asdict(report)}
 
-    def _grid(self, model: MultimodalModel, before: str | None) -> tuple[Grid, str]:
+    def _grid(self, model: MultimodalModel, before: str | None, was_trained: bool) -> tuple[Grid, str]:
         """Return the grid and why.
 
         :param before: the quantizer of the training where the layers have been rounded anew since.
+        :param was_trained: whether the base took part in a training here.
         """
         scheme = before or next(iter(model.linears().values())).packed().scheme
         trained = TRAINED_SCHEMES.get(scheme)
@@ -102,7 +132,10 @@ class OnnxExporter:
             slow = "; on a CPU each product unpacks the whole weight, many times slower than int4" * (
                 self.options.quant == "nf4"
             )
-            return self.options.quant, f"as asked; trained on {trained or scheme}{slow}"
+            found = f"; trained on {trained or scheme}" if was_trained else ""
+            return self.options.quant, f"as asked{found}{slow}"
+        if not was_trained:
+            return "int8", "it keeps what the weights say and is fast on a CPU"
         if trained == "int4":
             return "int4", "the grid it was trained on, copied"
         if trained == "nf4":
@@ -116,9 +149,13 @@ class OnnxExporter:
         merged, side = _errors_of_forms(model.linears(), updates.coming, grid)
         if merged is None or side is None:
             return True, "it changes no linear layer"
-        merge = not side < CLEARLY_LESS * merged
         found = f"relative error of changed weights {merged:.1e} merged, {side:.1e} beside the base"
-        if merge and len(model.adapter.conditions) > 1 and side <= merged * 1.001:
+        shares = len(model.adapter.conditions) > 1  # merged, each modality has its own copy of what the adapter changes
+        if max(merged, side) < NEGLIGIBLE:
+            gain = "both modalities share all weights beside it" if shares else "merged is faster and smaller"
+            return not shares, f"{found}: both negligible; {gain}"
+        merge = not side < CLEARLY_LESS * merged
+        if merge and shares and side <= merged * 1.001:
             return False, f"{found}; beside it, both modalities share all weights"
         return merge, found
 
@@ -150,6 +187,30 @@ def _check_manner(model: MultimodalModel) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Tables:
+    """Grids of what is not a linear layer of the language model."""
+
+    embed: Grid
+    head: Grid
+    vision: VisionGrid
+
+    @classmethod
+    def of(cls, options: OnnxOptions, grid: Grid) -> _Tables:
+        # only fp32 folders have to be exact; others keep the table in 8 bits, which moves logits by little
+        plain: Grid = grid if grid in ("fp32", "fp16") else "int8"
+        embed: Grid = plain if options.embed_quant == "auto" else options.embed_quant
+        head: Grid = embed if options.head_quant == "auto" else options.head_quant
+        vision: VisionGrid = "fp32" if grid == "fp32" else "fp16"
+        return cls(embed, head, vision if options.vision_quant == "auto" else options.vision_quant)
+
+
+def _grid_of(linear: str, patterns: Sequence[tuple[str, str]], otherwise: Grid) -> Grid:
+    """Return the grid of a linear layer of the language model."""
+    short = linear.replace(PREFIX, "layers")
+    return next((cast("Grid", grid) for pattern, grid in patterns if fnmatch(short, pattern)), otherwise)
+
+
 class _Writing:
     """Writes the graphs of one folder."""
 
@@ -160,13 +221,8 @@ class _Writing:
         config = self.model.language.config
         longest = int(getattr(config, "max_position_embeddings", LONGEST_CONTEXT))
         self.context = min(options.context_length or LONGEST_CONTEXT, longest)
-        # only fp32 folders have to be exact; others keep the table in 8 bits, which moves logits by little
-        plain: Grid = grid if grid in ("fp32", "fp16") else "int8"
-        self.embed: Grid = plain if options.embed_quant == "auto" else options.embed_quant
-        self.head: Grid = self.embed if options.head_quant == "auto" else options.head_quant
-        self.vision: VisionGrid = "fp32" if grid == "fp32" else "fp16"
-        if options.vision_quant != "auto":
-            self.vision = options.vision_quant
+        tables = _Tables.of(options, grid)
+        self.embed, self.head, self.vision = tables.embed, tables.head, tables.vision
         self.graphs: dict[str, str] = {}
         self.decoders: dict[str, str] = {}
         self.error: float | None = None
@@ -208,11 +264,11 @@ class _Writing:
         patterns = self.options.patterns()
 
         def grid_of(linear: str) -> Grid:
-            short = linear.replace(PREFIX, "layers")
-            return next((cast("Grid", grid) for pattern, grid in patterns if fnmatch(short, pattern)), self.grid)
+            return _grid_of(linear, patterns, self.grid)
 
         level = self.options.accuracy_level
-        return DecoderPlan(grid_of, self.head, self.merge, level, self.context, quantizers)
+        exact = self.grid == "fp32"
+        return DecoderPlan(grid_of, self.head, self.merge, level, self.context, quantizers, exact_norms=exact)
 
     def _tables(self, data: DataFile) -> tuple[StoredMatrix | None, Callable[[GraphBuilder, ir.Value], ir.Value]]:
         """Store the embedding of a text model; return the head if it is the same table, and what looks ids up."""
@@ -294,7 +350,7 @@ def _describe(run: Run, assembly: Assembly, writing: _Writing, reason: str, why:
         "image": None if assembly.images is None else asdict(assembly.images),
         "quant": {
             "grid": writing.grid,
-            "trained": str(run.recipe.quant),
+            "trained": None if run.recipe.data.train is None else str(run.recipe.quant),
             "copied": writing.copied and "requantized" not in report,
             "reason": reason,
             "embed": writing.embed,
@@ -303,7 +359,9 @@ def _describe(run: Run, assembly: Assembly, writing: _Writing, reason: str, why:
             "mixed": writing.options.mixed or None,
             "accuracy_level": writing.options.accuracy_level,
         },
-        "adapter": {
+        "adapter": None
+        if run.recipe.adapter is None
+        else {
             "name": str(run.recipe.adapter),
             "form": "merge" if writing.merge else "side",
             "reason": why,

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from lavintk.errors import ModelError
 from lavintk.layers import is_finite
+from lavintk.threads import slices
 from lavintk_onnx.graph import MICROSOFT, DataFile, GraphBuilder, StoredWeight
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ NF4_CODES = (
 """Values of the NF4 codes (Dettmers et al., "QLoRA", appendix E), as ONNX Runtime has them."""
 ROWS_AT_ONCE = 4096
 """Rows of a table or a weight that are encoded at a time, so that intermediate results stay small."""
+DECODED_AT_ONCE = 1 << 18
+"""Weights that a thread decodes at a time."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,23 @@ def decode(weight: EncodedWeight) -> Tensor:
         zero_points = torch.stack([zero_points & 15, zero_points >> 4], dim=-1).flatten(1)[:, : codes.shape[1]]
     values = (codes.float() - zero_points.float().unsqueeze(-1)) * scales.unsqueeze(-1)
     return values.flatten(1)[:, : weight.shape[1]]
+
+
+def pieces_of(weight: EncodedWeight) -> list[slice]:
+    """Return the rows that :func:`cut` can take out, in pieces that fit a cache."""
+    rows, columns = weight.shape
+    whole = weight.grid != "nf4" or columns % weight.block_size == 0  # its blocks may reach into the next row
+    return slices(rows, max(1, DECODED_AT_ONCE // columns) if whole else rows)
+
+
+def cut(weight: EncodedWeight, rows: slice) -> EncodedWeight:
+    """Return rows of an encoded weight, one of :func:`pieces_of` it, without copying."""
+    count = weight.shape[0]
+    arrays = {}
+    for name, array in weight.arrays.items():
+        per_row = len(array) // count
+        arrays[name] = array[rows.start * per_row : rows.stop * per_row]
+    return replace(weight, shape=(rows.stop - rows.start, weight.shape[1]), arrays=arrays)
 
 
 def _copied(packed: PackedWeight, grid: Grid) -> EncodedWeight | None:

@@ -32,7 +32,8 @@ class OnnxOptions:
         default="auto",
         metadata={
             "help": "merge: folded into the weights before they are quantized; side: low-rank nodes beside the base as "
-            "it was trained; auto: what changes the weights less, merge if that is equal"
+            "it was trained; auto: what changes the weights less; where it hardly matters, merge, or side if two "
+            "modalities share the weights"
         },
     )
     mixed: str = field(

@@ -30,6 +30,8 @@ FLAGS = {
     "batch_size": "train.batch_size",
     "accumulate": "train.accumulate",
     "lr": "train.lr",
+    "engine": "train.engine",
+    "pack": "train.pack",
     "precision": "train.precision",
     "device": "train.device",
     "seed": "train.seed",
@@ -56,6 +58,8 @@ FLAGS = {
 @click.option("--batch-size", type=int, help="Rows per micro-batch.")
 @click.option("--accumulate", type=int, help="Micro-batches per optimizer step.")
 @click.option("--lr", type=float, help="Peak learning rate.")
+@click.option("--engine", help="How steps are computed: auto, eager or graph (CUDA graphs).")
+@click.option("--pack/--no-pack", default=None, help="Put rows together into full micro-batches.  [default: auto]")
 @click.option("--precision", help="auto, bf16, fp16 or fp32.")
 @click.option("--device", help="auto, cpu, cuda or cuda:N.")
 @click.option("--seed", type=int, help="Of the adapter's start, the order of the rows and dropout.")

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavintk.data.chat import ChatForm
+from lavintk.data.jinja import exported_template
 from lavintk.data.records import IMAGE_MARKER, Message, Record
 from lavintk.errors import LavintkError
 
@@ -15,38 +15,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lavintk.models.build import Assembly
-
-_TURNS = r"""{%- for message in messages -%}
-{%- if message['role'] == 'system' -%}{{ message['content'] + '\n' }}
-{%- elif message['role'] == 'user' -%}{{ 'Instruction: ' + TEXT + '\nResponse:' }}
-{%- else -%}{{ message['content'] + eos_token }}{%- endif -%}
-{%- endfor -%}"""
-_LAVIN_IMAGES = """{%- set seen = namespace(images=0) -%}
-{%- for message in messages -%}
-{%- set seen.images = seen.images + message['content'].count('<image>') -%}
-{%- endfor -%}
-{%- if seen.images -%}{%- for number in range(seen.images) -%}{{ 'Image: <image>' }}{%- endfor -%}
-{%- else -%}{{ 'Image: N/A' }}{%- endif -%}"""
-_PLAIN_TEXT = "message['content']"
-_LAVIN_TEXT = r"(message['content'] | replace('<image>\n', '') | replace('\n<image>', '') | replace('<image>', ''))"
-_FLATTEN = r"""{%- set flat = namespace(messages=[], text='') -%}
-{%- for message in messages -%}
-{%- if message['content'] is string -%}{%- set flat.messages = flat.messages + [message] -%}
-{%- else -%}
-{%- set flat.text = '' -%}
-{%- for part in message['content'] -%}
-{%- set flat.text = flat.text + ('<image>\n' if part['type'] == 'image' else part['text']) -%}
-{%- endfor -%}
-{%- set flat.messages = flat.messages + [{'role': message['role'], 'content': flat.text}] -%}
-{%- endif -%}
-{%- endfor -%}
-{%- set messages = flat.messages -%}"""
-"""Turns lists of parts, as processors are given, into text with a marker where an image stands."""
-_SYSTEM = """{%- if messages[0]['role'] != 'system' -%}
-{%- set messages = [{'role': 'system', 'content': SYSTEM}] + messages -%}
-{%- endif -%}"""
-"""Puts the recipe's system message in front of conversations that bring none, as training did."""
-_BOS = "{{- bos_token -}}"
 
 
 def exported_tokenizer(assembly: Assembly, *, images: bool = False) -> PreTrainedTokenizerBase:
@@ -56,18 +24,9 @@ def exported_tokenizer(assembly: Assembly, *, images: bool = False) -> PreTraine
     """
     template = assembly.template
     tokenizer: Any = copy.deepcopy(assembly.tokenizer)
-    if isinstance(template.form, ChatForm):
-        text = template.form.template or tokenizer.chat_template
-    else:
-        lavin = template.kind == "lavin"
-        turns = _TURNS.replace("TEXT", _LAVIN_TEXT if lavin else _PLAIN_TEXT)
-        text = (_LAVIN_IMAGES if lavin else "") + turns
-    if template.system:
-        text = _SYSTEM.replace("SYSTEM", json.dumps(template.system, ensure_ascii=False)) + text
-    tokenizer.chat_template = (_FLATTEN if images else "") + text
-    if template.encoder.bos is not None and not _render(tokenizer).startswith(str(tokenizer.bos_token)):
-        # rows were trained behind a BOS, which transformers leaves to the template
-        tokenizer.chat_template = _BOS + tokenizer.chat_template
+    tokenizer.chat_template = exported_template(
+        tokenizer, template.kind, template.system, IMAGE_MARKER if images else None, parts=images
+    )
     rows = assembly.model.language.config.max_position_embeddings
     tokenizer.model_max_length = min(int(tokenizer.model_max_length), int(rows))
     result: PreTrainedTokenizerBase = tokenizer
@@ -108,9 +67,3 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
     added: Any = tokenizer
     added.add_tokens([IMAGE_MARKER], special_tokens=True)
     return int(added.convert_tokens_to_ids(IMAGE_MARKER))
-
-
-def _render(tokenizer: PreTrainedTokenizerBase) -> str:
-    messages = [{"role": "user", "content": "a"}]
-    rendered: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return str(rendered)

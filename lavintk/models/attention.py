@@ -7,6 +7,8 @@ an :class:`AttentionPlan`. Every row attends to itself alone. For attention only
 
 from __future__ import annotations
 
+import functools
+import inspect
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,6 +19,8 @@ from transformers import AttentionInterface
 
 IMPLEMENTATION = "lavintk"
 """Name under which :func:`attend` is registered with transformers."""
+FLASH_TYPES = (torch.float16, torch.bfloat16)
+"""What the flash kernel computes in."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +56,103 @@ class AttentionPlan:
             start += length
         return cls(lengths, side, gather.flatten().to(device), torch.cat(scatter).to(device), cache)
 
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None,
+        dropout: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        """Attend within rows, from a key/value cache where the plan has one.
+
+        :param layer: index of the decoder layer.
+        :param query: ``[N + M, heads, d]``; key and value may have fewer heads.
+        :param window: tokens back that are seen, itself included; None for all.
+        :returns: ``[N + M, heads, d]``.
+        """
+        tokens = query.shape[0] - self.side
+        q, k, v = (self.to_rows(x[:tokens]) for x in (query, key, value))
+        if self.cache is not None and self.cache.holds(layer):
+            k, v = self.cache.append(layer, k, v)
+            mask: Tensor | None = self.cache.visible(window)
+        else:
+            if self.cache is not None:
+                self.cache.write_prompt(layer, k, v)
+            mask = _band(q.shape[2], window, q.device)
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        flat = self.to_flat(attended)
+        if self.side:  # the softmax over a single key is 1, so a side token's output is its own value
+            flat = torch.cat([flat, value[tokens:].repeat_interleave(query.shape[1] // value.shape[1], dim=1)])
+        return flat
+
     def to_rows(self, flat: Tensor) -> Tensor:
-        """Turn ``[heads, N, d]`` into ``[B, heads, S, d]``, padded on the right."""
+        """Turn ``[N, heads, d]`` into ``[B, heads, S, d]``, padded on the right."""
         rows = len(self.lengths)
         if self.gather is not None:
-            flat = flat.index_select(1, self.gather)
-        return cast(Tensor, flat.unflatten(1, (rows, -1))).transpose(0, 1)
+            flat = flat.index_select(0, self.gather)
+        return cast(Tensor, flat.unflatten(0, (rows, -1))).transpose(1, 2)
 
     def to_flat(self, rows: Tensor) -> Tensor:
         """Turn ``[B, heads, S, d]`` back into ``[N, heads, d]``."""
         flat = rows.transpose(1, 2).flatten(0, 1)
         return flat if self.scatter is None else flat.index_select(0, self.scatter)
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """Which tokens belong together, where only tensors may change from call to call: for CUDA graphs.
+
+    :param boundaries: ``[S + 1]`` int32: where each of S segments begins, and where the last one ends. Segments may be
+        empty; a side token is a segment by itself.
+    :param longest: tokens that no segment exceeds.
+    """
+
+    boundaries: Tensor
+    longest: int
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None,
+        dropout: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        """Attend within segments, as :meth:`AttentionPlan.attend` does within rows; no dropout."""
+        if window is not None and window >= self.longest:
+            window = None
+        grouped = query.shape[1] != key.shape[1]
+        if query.is_cuda and query.dtype in FLASH_TYPES and query.shape[2] % 8 == 0 and query.shape[2] <= 256:
+            return _varlen_attention(query, key, value, self, scale, window, grouped)
+        mask = self._mask(query.shape[0], window)
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        return attended[0].transpose(0, 1)
+
+    def _mask(self, tokens: int, window: int | None) -> Tensor:
+        """Return ``[tokens, tokens]``: true where a token sees another one."""
+        places = torch.arange(tokens, device=self.boundaries.device)
+        segments = torch.searchsorted(self.boundaries, places.to(torch.int32), right=True)
+        back = places.unsqueeze(1) - places
+        seen = (segments.unsqueeze(1) == segments) & (back >= 0)
+        return seen if window is None else seen & (back < window)
+
+
+def _varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, plan: PackPlan, scale: float, window: int | None, grouped: bool
+) -> Tensor:
+    """Run the flash kernel that takes segments of any length."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    attended = varlen_attn(
+        query, key, value, plan.boundaries, plan.boundaries, plan.longest, plan.longest, scale=scale,
+        window_size=(-1 if window is None else window - 1, 0), **_grouped_heads() if grouped else {},
+    )  # fmt: skip
+    return cast(Tensor, attended)
+
+
+@functools.cache
+def _grouped_heads() -> dict[str, Any]:
+    """Return how varlen_attn is told of fewer heads in keys and values; torch 2.11 takes them without a word."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 class KeyValueCache:
@@ -115,37 +205,23 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: AttentionPlan,
+    attention_mask: AttentionPlan | PackPlan,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within rows.
+    """Attend as the plan says; what transformers' attention modules call.
 
-    :param query: ``[1, heads, N + side, d]``; key and value have their own number of heads.
-    :returns: ``[1, N + side, heads, d]`` and None for the attention weights.
+    :param query: ``[1, heads, N + M, d]``; key and value have their own number of heads.
+    :returns: ``[1, N + M, heads, d]`` and None for the attention weights.
     """
-    plan = attention_mask
-    tokens = query.shape[2] - plan.side
-    q, k, v = (plan.to_rows(x[0, :, :tokens]) for x in (query, key, value))
-    layer = cast(int, module.layer_idx)
-    if plan.cache is not None and plan.cache.holds(layer):
-        k, v = plan.cache.append(layer, k, v)
-        mask: Tensor | None = plan.cache.visible(sliding_window)
-    else:
-        if plan.cache is not None:
-            plan.cache.write_prompt(layer, k, v)
-        mask = _band(q.shape[2], sliding_window, q.device)
-    attended = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )  # fmt: skip
-    flat = plan.to_flat(attended)
-    if plan.side:  # the softmax over a single key is 1, so a side token's output is its own value
-        own = value[0, :, tokens:].transpose(0, 1)
-        flat = torch.cat([flat, own.repeat_interleave(query.shape[1] // value.shape[1], dim=1)])
-    return flat.unsqueeze(0), None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    scale = q.shape[2] ** -0.5 if scaling is None else scaling
+    attended = attention_mask.attend(
+        cast(int, module.layer_idx), q, k, v, scale=scale, window=sliding_window, dropout=dropout
+    )
+    return attended.unsqueeze(0), None
 
 
 def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -65,7 +65,7 @@ def build(
     :raises LavintkError: weights, tokenizer or options do not fit; nothing is left on the device.
     """
     quantizer = plugins.quantizers.create(recipe.quant)
-    adapter = plugins.adapters.create(recipe.adapter)
+    adapter = None if recipe.adapter is None else plugins.adapters.create(recipe.adapter)
     torch.manual_seed(recipe.train.seed)  # the adapter's start must not depend on what was loaded before
     sources, tokenizer, images = _open(recipe)
     base = _fingerprints(sources)
@@ -86,7 +86,8 @@ def build(
             tower, connector = connect(vision, recipe.model, language.config.hidden_size)
             connector.to(device)
         model = MultimodalModel(language, tower, connector)
-        model.attach(adapter)
+        if adapter is not None:
+            model.attach(adapter)
     template = make_template(
         tokenizer, recipe.data.template, system=recipe.data.system, visual_tokens=model.visual_tokens
     )
@@ -109,7 +110,8 @@ def build_outline(recipe: Recipe, plugins: Plugins) -> tuple[MultimodalModel, di
         with torch.device("meta"):
             tower, connector = connect(vision, recipe.model, language.config.hidden_size)
     model = MultimodalModel(language, tower, connector)
-    model.attach(plugins.adapters.create(recipe.adapter))
+    if recipe.adapter is not None:
+        model.attach(plugins.adapters.create(recipe.adapter))
     return model, _fingerprints(sources)
 
 

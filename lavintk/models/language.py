@@ -19,6 +19,7 @@ from lavintk.dense import DenseQuantizer
 from lavintk.errors import ModelError
 from lavintk.layers import FrozenLinear, PackedWeight
 from lavintk.models.attention import IMPLEMENTATION
+from lavintk.models.decoder_layer import replace_norms
 from lavintk.models.sources import WeightSource, check_names
 from lavintk.models.staging import places, read_ahead
 
@@ -92,6 +93,7 @@ def _empty_language_model(source: WeightSource, dtype: torch.dtype) -> tuple[Any
     config._attn_implementation = IMPLEMENTATION
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        replace_norms(model)
     _require_stack(model, source.description)
     tied = bool(config.tie_word_embeddings)
 

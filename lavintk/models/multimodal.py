@@ -20,12 +20,17 @@ from torch.utils.checkpoint import checkpoint
 
 from lavintk.contracts import Adapter
 from lavintk.data.batch import IGNORED, TEXT, Batch
+from lavintk.data.pack import Pack
 from lavintk.errors import ModelError
 from lavintk.layers import FrozenLinear
-from lavintk.models.attention import AttentionPlan, KeyValueCache
+from lavintk.models import decoder_layer
+from lavintk.models.attention import AttentionPlan, KeyValueCache, PackPlan
 from lavintk.models.connector import PatchProjector, TapNeck
+from lavintk.models.decoder_layer import Place
 from lavintk.models.vision import VisionTower, run_block
 
+Recompute = Callable[[Callable[..., Tensor], nn.Module, Tensor], Tensor]
+"""Takes what runs a layer, the layer and its input; see :func:`recompute`."""
 LOSS_CHUNK = 256
 """Labelled tokens whose logits exist at a time; 32k words in fp32 make 32 MiB."""
 
@@ -109,6 +114,8 @@ class MultimodalModel(nn.Module):
         self.manner = Manner()
         self.context = ContextHolder()
         self.checkpointing = False
+        self.recompute: Recompute = recompute
+        """How a layer is run whose activations are not kept; an engine may put its own in place."""
         self._linears = {n: m for n, m in self.named_modules() if isinstance(m, FrozenLinear)}
         connected = set() if connector is None else {id(p) for p in connector.parameters()}
         self._frozen = {n: p for n, p in self.named_parameters() if id(p) not in connected}
@@ -178,13 +185,9 @@ class MultimodalModel(nn.Module):
 
     def hidden_with_side(self, batch: Batch, cache: KeyValueCache | None = None) -> tuple[Tensor, Tensor]:
         """Return what :meth:`hidden` does, and the states ``[M, hidden]`` of the side tokens."""
-        embedded = self.language.model.embed_tokens(batch.input_ids)
-        if batch.pixel_values is not None:
-            blank_first = self.manner.blank_first and int(batch.conditions[0]) == TEXT
-            visual = self.visual_embeddings(batch.pixel_values, blank_first=blank_first).flatten(0, 1)
-            embedded = embedded.index_copy(0, batch.visual_slots, visual.to(embedded.dtype))
-        side = self.adapter.side_tokens() if self.adapter else None
-        states = self._run_layers(embedded, batch.positions, batch.lengths, batch.conditions, side, cache)
+        blank_first = self.manner.blank_first and int(batch.conditions[0]) == TEXT
+        embedded = self._embed(batch.input_ids, batch.pixel_values, batch.visual_slots, blank_first)
+        states = self._run_rows(embedded, batch.positions, batch.lengths, batch.conditions, self._side_tokens(), cache)
         return states[: batch.tokens], states[batch.tokens :]
 
     def decode(self, tokens: Tensor, conditions: Tensor, cache: KeyValueCache) -> Tensor:
@@ -195,17 +198,22 @@ class MultimodalModel(nn.Module):
         embedded = self.language.model.embed_tokens(tokens)
         lengths = (1,) * tokens.numel()
         positions = cache.lengths + self.manner.decode_shift
-        return self._run_layers(embedded, positions, lengths, conditions, None, cache)
+        return self._run_rows(embedded, positions, lengths, conditions, None, cache)
 
     @torch.no_grad()
     def run_side_tokens(self) -> None:
-        """Send the adapter's side tokens, one per condition in order, through the layers without any text."""
-        side = self.adapter.side_tokens() if self.adapter else None
+        """Send the adapter's side tokens, one per condition in order, through the layers without any text.
+
+        In fp32 whatever the model computes in: what adapters read off it is folded into weights, and should not depend
+        on the precision that a run is loaded with.
+        """
+        side = self._side_tokens()
         if side is None:
             return
         conditions = torch.arange(len(side), device=self.device)
         first = torch.zeros_like(conditions)  # a row of one token, any token, for each condition
-        self._run_layers(self.language.model.embed_tokens(first), first, (1,) * len(side), conditions, side, None)
+        embedded = self.language.model.embed_tokens(first).float()
+        self._run_rows(embedded, first, (1,) * len(side), conditions, side, None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return ``[..., vocabulary]`` in fp32."""
@@ -218,12 +226,20 @@ class MultimodalModel(nn.Module):
         logits of a whole batch never exist.
         """
         rows = (batch.labels != IGNORED).nonzero().flatten()
-        hidden = self.hidden(batch).index_select(0, rows)
-        labels = batch.labels.index_select(0, rows)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for part, target in zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK)):
-            total = total + checkpoint(self._chunk_loss, part, target, use_reentrant=False, preserve_rng_state=False)
-        return total
+        return self._cross_entropy(self.hidden(batch).index_select(0, rows), batch.labels.index_select(0, rows))
+
+    def pack_loss_sum(self, pack: Pack) -> Tensor:
+        """Return what :meth:`loss_sum` does, by operations whose shapes follow from the pack's alone.
+
+        Nothing waits for the device, so that a CUDA graph can hold it. Not for :attr:`Manner.side_per_row` and
+        :attr:`Manner.blank_first`.
+        """
+        # the token behind the last one takes the features of images that only fill up the pack
+        embedded = self._embed(pack.input_ids, pack.pixel_values, pack.visual_slots, False)[:-1]
+        side = self._side_tokens()
+        plan = PackPlan(pack.boundaries, pack.tokens)
+        states = self._run_layers(embedded, pack.positions, pack.conditions, plan, side, None)
+        return self._cross_entropy(states.index_select(0, pack.trained), pack.labels)
 
     def visual_embeddings(self, pixel_values: Tensor, *, blank_first: bool = False) -> Tensor:
         """Return the visual tokens ``[I, visual_tokens, hidden]`` of images ``[I, 3, height, width]``."""
@@ -238,16 +254,34 @@ class MultimodalModel(nn.Module):
         """
         if self.vision is None:
             raise ModelError("the batch holds images, but the model was loaded without a vision tower")
-        how = self._checkpointed_block if self.checkpointing and torch.is_grad_enabled() else run_block
+        how = self._recomputed_block if self.checkpointing and torch.is_grad_enabled() else run_block
         if blank_first:
             pixel_values = torch.cat([torch.zeros_like(pixel_values[:1]), pixel_values])
         features = cast(Tensor, self.vision(pixel_values, how))
         return features[1:] if blank_first else features
 
-    def _chunk_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(hidden), labels, reduction="sum")
+    def _side_tokens(self) -> Tensor | None:
+        return self.adapter.side_tokens() if self.adapter else None
 
-    def _run_layers(
+    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None, visual_slots: Tensor, blank_first: bool) -> Tensor:
+        """Return ``[N, hidden]``: the tokens' embeddings, and visual tokens in their slots."""
+        embedded = cast(Tensor, self.language.model.embed_tokens(input_ids))
+        if pixel_values is None:
+            return embedded
+        visual = self.visual_embeddings(pixel_values, blank_first=blank_first).flatten(0, 1)
+        return embedded.index_copy(0, visual_slots, visual.to(embedded.dtype))
+
+    def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum over labelled tokens ``[K, hidden]``, a chunk of logits at a time."""
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for part, target in zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK)):
+            total = total + checkpoint(self._chunk_loss, part, target, use_reentrant=False, preserve_rng_state=False)
+        return total
+
+    def _chunk_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(hidden), labels, reduction="sum", ignore_index=IGNORED)
+
+    def _run_rows(
         self,
         embedded: Tensor,
         positions: Tensor,
@@ -256,38 +290,57 @@ class MultimodalModel(nn.Module):
         side: Tensor | None,
         cache: KeyValueCache | None,
     ) -> Tensor:
-        tokens, count = embedded.shape[0], 0
+        """Return the states of rows of ``lengths`` tokens, and of side tokens behind them."""
         owners = torch.arange(len(lengths), device=conditions.device) if self.manner.side_per_row else conditions
-        owners = owners.repeat_interleave(_as_tensor(lengths, conditions.device), output_size=tokens)
+        owners = owners.repeat_interleave(_as_tensor(lengths, conditions.device), output_size=embedded.shape[0])
+        if side is not None and self.manner.side_per_row:
+            side = side[conditions]
+        plan = AttentionPlan.of(lengths, embedded.device, 0 if side is None else side.shape[0], cache)
+        states = self._run_layers(embedded, positions, owners, plan, side, cache)
+        if cache is not None:
+            cache.advance(_as_tensor(lengths, embedded.device))
+        return states
+
+    def _run_layers(
+        self,
+        embedded: Tensor,
+        positions: Tensor,
+        owners: Tensor,
+        plan: AttentionPlan | PackPlan,
+        side: Tensor | None,
+        cache: KeyValueCache | None,
+    ) -> Tensor:
+        """Return the states ``[N + M, hidden]`` after the last norm.
+
+        :param owners: ``[N]``: the side token that each token belongs to.
+        """
+        count = 0
         if side is not None:
-            side = side[conditions] if self.manner.side_per_row else side
             count = side.shape[0]
             embedded = torch.cat([embedded, side.to(embedded.dtype)])
             positions = F.pad(positions, (0, count))
             owners = torch.cat([owners, torch.arange(count, device=owners.device)])
-        plan = AttentionPlan.of(lengths, embedded.device, count, cache)
         context = ForwardContext(owners, count, cached=cache is not None)
         states, positions = embedded.unsqueeze(0), positions.unsqueeze(0)
         rotary = self.language.model.rotary_emb(states, position_ids=positions)
+        place = Place(plan, rotary[0][0], rotary[1][0])
         recompute = self.checkpointing and torch.is_grad_enabled()
 
         def run(layer: nn.Module, hidden: Tensor) -> Tensor:
             with self.context.set(context):
-                output = layer(hidden, attention_mask=plan, position_embeddings=rotary, position_ids=positions)
-            return _first(output)
+                if decoder_layer.is_known(layer):
+                    return decoder_layer.run_layer(layer, hidden, place)
+                return _first(layer(hidden, attention_mask=plan, position_embeddings=rotary, position_ids=positions))
 
         for layer in self.layers:
-            states = _checkpointed(run, layer, states) if recompute else run(layer, states)
-        if cache is not None:
-            cache.advance(_as_tensor(lengths, embedded.device))
+            states = self.recompute(run, layer, states) if recompute else run(layer, states)
         return cast(Tensor, self.language.model.norm(states[0]))
 
-    @staticmethod
-    def _checkpointed_block(block: nn.Module, hidden: Tensor) -> Tensor:
-        return _checkpointed(run_block, block, hidden)
+    def _recomputed_block(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        return self.recompute(run_block, block, hidden)
 
 
-def _checkpointed(run: Callable[..., Tensor], module: nn.Module, hidden: Tensor) -> Tensor:
+def recompute(run: Callable[..., Tensor], module: nn.Module, hidden: Tensor) -> Tensor:
     """Run a whole layer keeping only its input; dropout draws the same mask again in the recomputation."""
     return cast(Tensor, checkpoint(run, module, hidden, use_reentrant=False))
 

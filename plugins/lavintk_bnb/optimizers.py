@@ -31,6 +31,8 @@ BLOCK = 256
 class _Optimizer:
     """What the optimizers share: a device to work on, and resident or paged state."""
 
+    elementwise = True
+
     def __init__(self, state_bits: Literal[8, 32], paged: bool) -> None:
         self.state_bits: int = state_bits
         self.paged = paged

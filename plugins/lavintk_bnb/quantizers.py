@@ -7,7 +7,7 @@ takes a few microseconds: so nothing has to be invalidated when a layer is loade
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import bitsandbytes as bnb
 import torch
@@ -15,12 +15,13 @@ from bitsandbytes import functional as bnb_functional
 from torch import Tensor
 
 from lavintk.errors import ModelError
+from lavintk.kernels.choice import enabled, problem
 from lavintk.layers import FLOATS, FrozenLinear, PackedWeight, checked_weight, is_finite
 
 NESTED_BLOCK = 256
 """Scales sharing one scale in double quantization; the only size that bitsandbytes' fused kernel knows."""
 FUSED_ROWS = 16
-"""Up to so many rows of ``x``, without gradient, go to the fused 4-bit kernel: decoding, not training."""
+"""Up to so many rows of ``x`` go to the fused 4-bit kernel: decoding, hardly training."""
 PIECE = 1 << 18
 """Weights quantized at once on a CPU, so that intermediate results stay in the cache."""
 
@@ -161,10 +162,14 @@ class FourBitLinear(FrozenLinear):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight ``[out, in]``: code value times scale, in fp32, rounded once to ``dtype``."""
+        narrow = dtype if dtype in FLOATS else torch.float32
+        if self.codes.is_cuda and _kernel_runs(self.codes.device):
+            return self._dequantize_by_kernel(narrow).to(dtype)
         if self.codes.device.type == "cpu" and not self._cpu_kernel_suits():
             return self._unpack().to(dtype)
-        state = self._quant_state(dtype if dtype in FLOATS else torch.float32)
-        return bnb_functional.dequantize_4bit(self.codes.view(-1, 1), state).to(dtype)
+        state = self._quant_state(narrow)
+        weight: Tensor = bnb_functional.dequantize_4bit(self.codes.view(-1, 1), state)
+        return weight.view(self.out_features, self.in_features).to(dtype)  # of a single byte it comes transposed
 
     def packed(self) -> PackedWeight:
         """Describe the storage: ``codes`` as they are, scales in fp32 with double quantization resolved."""
@@ -175,13 +180,13 @@ class FourBitLinear(FrozenLinear):
             scales=self._block_scales(),
             block_size=self.block_size,
             layout="row-major, first element in the high nibble",
-            codebook=_codebook(self.scheme, self.codes.device),
+            codebook=codebook_of(self.scheme, self.codes.device),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``[..., out]``; a few rows on CUDA without gradient take bitsandbytes' fused kernel."""
+    def product(self, x: Tensor) -> Tensor:
+        """Return ``x @ W.T + b``; a few rows on CUDA take bitsandbytes' fused kernel."""
         if not self._fused_kernel_suits(x):
-            return super().forward(x)
+            return super().product(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         product: Tensor = bnb.matmul_4bit(  # type: ignore[attr-defined]
             x, self.codes, self._quant_state(x.dtype), bias=bias
@@ -193,11 +198,24 @@ class FourBitLinear(FrozenLinear):
         double = self.offset is not None
         return f"{super().extra_repr()}, {self.scheme}, block_size={self.block_size}, double_quant={double}"
 
+    def _dequantize_by_kernel(self, dtype: torch.dtype) -> Tensor:
+        from lavintk_bnb.kernels import dequantize_4bit
+
+        return dequantize_4bit(
+            self.codes,
+            self.absmax,
+            self.scheme,
+            self.block_size,
+            (self.out_features, self.in_features),
+            dtype,
+            nested_absmax=self.nested_absmax,
+            offset=self.offset,
+        )
+
     def _fused_kernel_suits(self, x: Tensor) -> bool:
-        needs_gradient = torch.is_grad_enabled() and x.requires_grad
         few_rows = 0 < x.numel() <= FUSED_ROWS * self.in_features
         whole_blocks = self.in_features % self.block_size == 0  # else bitsandbytes warns and dequantizes
-        return x.is_cuda and x.dtype in FLOATS and few_rows and whole_blocks and not needs_gradient
+        return x.is_cuda and x.dtype in FLOATS and few_rows and whole_blocks
 
     def _cpu_kernel_suits(self) -> bool:
         """Whether the shape is one that bitsandbytes 0.50's CPU kernel gets right, and quickly.
@@ -237,7 +255,7 @@ class FourBitLinear(FrozenLinear):
     def _nested_state(self) -> bnb_functional.QuantState:
         return bnb_functional.QuantState(  # type: ignore[no-untyped-call]
             absmax=self.nested_absmax,
-            code=_dynamic_code(self.absmax.device),
+            code=dynamic_code(self.absmax.device),
             blocksize=NESTED_BLOCK,
             dtype=torch.float32,
         )
@@ -276,12 +294,28 @@ class Int8Linear(FrozenLinear):
             scales=self._row_scales(),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``[..., out]`` in the type of ``x``; gradients flow to ``x`` only."""
+    def product(self, x: Tensor) -> Tensor:
+        """Return ``x @ W.T + b``; on CUDA by the kernels of LLM.int8().
+
+        ``bitsandbytes.matmul`` computes the same, but logs a warning in each call that is not in fp16.
+        """
         if not x.is_cuda or x.numel() == 0:
-            return super().forward(x)
-        product: Tensor = _Int8Product.apply(x, self)  # type: ignore[no-untyped-call]
-        return product
+            return super().product(x)
+        rows = x.reshape(-1, self.in_features)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        codes, absmax, outliers = bnb_functional.int8_vectorwise_quant(
+            rows.to(torch.float16).contiguous(), self.threshold
+        )
+        product: Tensor
+        if self.threshold > 0:
+            product, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(
+                rows, codes, self.codes, absmax, self.absmax, outliers, bias
+            )
+        else:
+            product = torch.ops.bitsandbytes.int8_scaled_mm(
+                codes, self.codes, absmax, self.absmax, bias=bias, dtype=x.dtype
+            )
+        return product.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Describe the layer in ``print(model)``."""
@@ -289,40 +323,6 @@ class Int8Linear(FrozenLinear):
 
     def _row_scales(self) -> Tensor:
         return self.absmax * (1 / 127)
-
-
-class _Int8Product(torch.autograd.Function):
-    """bitsandbytes' LLM.int8() product; for the gradient the weight is dequantized, nothing else is kept.
-
-    ``bitsandbytes.matmul`` computes the same, but keeps ``x`` and logs a warning in each call that is not
-    in fp16.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Int8Linear) -> Tensor:
-        ctx.layer, ctx.dtype = layer, x.dtype
-        rows = x.reshape(-1, layer.in_features)
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        codes, absmax, outliers = bnb_functional.int8_vectorwise_quant(
-            rows.to(torch.float16).contiguous(), layer.threshold
-        )
-        product: Tensor
-        if layer.threshold > 0:
-            product, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(
-                rows, codes, layer.codes, absmax, layer.absmax, outliers, bias
-            )
-        else:
-            product = torch.ops.bitsandbytes.int8_scaled_mm(
-                codes, layer.codes, absmax, layer.absmax, bias=bias, dtype=x.dtype
-            )
-        return product.reshape(*x.shape[:-1], layer.out_features)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None
-        (gradient,) = gradients
-        return gradient.to(ctx.dtype) @ ctx.layer.dequantize(ctx.dtype), None
 
 
 def _quantize_four_bit(weight: Tensor, scheme: Scheme, block_size: int) -> tuple[Tensor, Tensor]:
@@ -367,7 +367,7 @@ def _search_table(scheme: Scheme, cells: int = 4096) -> tuple[Tensor, Tensor, Te
     value's rank among the sorted codes is ``cell_rank``, plus one if it exceeds ``cell_bound``; both
     ``[cells + 2]``. The third tensor maps ranks to codes.
     """
-    codebook = _codebook(scheme, torch.device("cpu"))
+    codebook = codebook_of(scheme, torch.device("cpu"))
     code_of_rank = torch.argsort(codebook)
     ordered = codebook[code_of_rank]
     bounds = (ordered[:-1] + ordered[1:]) / 2
@@ -381,20 +381,26 @@ def _search_table(scheme: Scheme, cells: int = 4096) -> tuple[Tensor, Tensor, Te
 @functools.cache
 def _byte_values(scheme: Scheme) -> Tensor:
     """Return the two fp32 values that each byte stands for as one int64, ``[256]``: one gather for both."""
-    codebook = _codebook(scheme, torch.device("cpu"))
+    codebook = codebook_of(scheme, torch.device("cpu"))
     pairs = torch.stack([codebook.repeat_interleave(16), codebook.repeat(16)], dim=1)
     return pairs.contiguous().view(torch.int64).view(-1)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _kernel_runs(device: torch.device) -> bool:
+    """Whether our own kernel, in place of bitsandbytes', is switched on and runs on ``device``."""
+    return enabled("dequantize_4bit") and not problem(device)
+
+
 @functools.cache
-def _codebook(scheme: Scheme, device: torch.device) -> Tensor:
+def codebook_of(scheme: Scheme, device: torch.device) -> Tensor:
     """Return the 16 values of ``scheme`` in the order of their codes, fp32."""
     values: Tensor = bnb_functional.get_4bit_type(scheme, device=device)  # type: ignore[no-untyped-call]
     return values
 
 
 @functools.cache
-def _dynamic_code(device: torch.device) -> Tensor:
+def dynamic_code(device: torch.device) -> Tensor:
     """Return the 256 values of the 8-bit code in which double quantization stores scales, fp32."""
     values: Tensor = bnb_functional.create_dynamic_map()  # type: ignore[no-untyped-call]
     return values.to(device)

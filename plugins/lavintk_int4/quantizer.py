@@ -8,12 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lavintk.layers import FrozenLinear, PackedWeight, checked_weight
+from lavintk.kernels.choice import enabled, problem
+from lavintk.layers import FLOATS, FrozenLinear, PackedWeight, checked_weight
+from lavintk.threads import each, slices
 from lavintk_int4.calibrated import checked_moment, output_error, round_with_feedback
 from lavintk_int4.search import Search, column_importance, quantize_blocks
 
 PIECES = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Weights quantized at once: on a CPU intermediate results stay in the cache, a GPU wants more work at a time."""
+"""Weights quantized at once: on a CPU by one thread, a GPU wants more work at a time. Sums over the last few blocks of
+a piece are added up in another order, so other sizes change some scales in their last bit."""
+TILES = {"cpu": 1 << 12, "cuda": 1 << 20}
+"""Blocks of a piece searched at once: on a CPU intermediate results stay in the cache of a core. Multiples of 64, which
+torch adds up alike wherever they lie."""
 UNPACKED_PIECE = 1 << 18
 """Weights dequantized at once on a CPU."""
 
@@ -41,10 +47,16 @@ class Int4Quantizer:
         layer = self.empty(weight.shape[0], weight.shape[1], False, weight.device)
         layer.bias = None if bias is None else bias.detach()
         importance = column_importance(weight) if self.search == "balanced" else None
-        rows_at_once = max(1, PIECES[weight.device.type] // weight.shape[1])
-        for start in range(0, weight.shape[0], rows_at_once):
-            rows = slice(start, start + rows_at_once)
+
+        def fill(rows: slice) -> None:
             self._fill(layer, rows, weight[rows], importance)
+
+        pieces = slices(weight.shape[0], max(1, PIECES[weight.device.type] // weight.shape[1]))
+        if weight.device.type == "cpu":
+            each(fill, pieces)
+        else:
+            for rows in pieces:
+                fill(rows)
         return layer
 
     def quantize_calibrated(self, weight: Tensor, bias: Tensor | None, second_moment: Tensor) -> Int4Linear:
@@ -86,7 +98,12 @@ class Int4Quantizer:
         count, blocks, half = layer.codes[rows].shape
         if importance is not None:
             importance = self._in_columns(importance.unsqueeze(0)).repeat(1, count)
-        codes, scales, zero_points = quantize_blocks(self._in_columns(weight.float()), self.search, importance)
+        columns = self._in_columns(weight.float())
+        found = [
+            quantize_blocks(columns[:, tile], self.search, None if importance is None else importance[:, tile])
+            for tile in slices(columns.shape[1], TILES[weight.device.type])
+        ]
+        codes, scales, zero_points = (torch.cat(parts, dim=-1) for parts in zip(*found))
         layer.codes[rows] = (codes[0::2] | codes[1::2] << 4).t().reshape(count, blocks, half)
         layer.scales[rows] = scales.view(count, blocks)
         layer.zero_points[rows] = _paired(zero_points.view(count, blocks))
@@ -130,6 +147,10 @@ class Int4Linear(FrozenLinear):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight ``[out, in]``, computed in fp32 and rounded once to ``dtype``."""
+        if self.codes.is_cuda and dtype in FLOATS and _kernel_runs(self.codes.device):
+            from lavintk_int4.kernels import dequantize_int4
+
+            return dequantize_int4(self.codes, self.scales, self.zero_points, self.in_features, dtype)
         unpack = self._unpack_by_table if self.codes.device.type == "cpu" else self._unpack_by_shifts
         weight = unpack(dtype).view(self.out_features, -1)
         if weight.shape[1] == self.in_features:
@@ -162,11 +183,17 @@ class Int4Linear(FrozenLinear):
         rows, blocks = self.scales.shape
         weight = torch.empty(rows, blocks, self.block_size, dtype=dtype)
         zeros, scales, table = self._block_zeros().float().unsqueeze(-1), self.scales.unsqueeze(-1), _byte_values()
-        step = max(1, UNPACKED_PIECE // (blocks * self.block_size))
-        for piece in (slice(start, start + step) for start in range(0, rows, step)):
+
+        def unpack(piece: slice) -> None:
             values = table.index_select(0, self.codes[piece].reshape(-1).int()).view(torch.float32)
             centred = values.view(-1, blocks, self.block_size).sub_(zeros[piece])
             torch.mul(centred, scales[piece], out=weight[piece])
+
+        pieces = slices(rows, max(1, UNPACKED_PIECE // (blocks * self.block_size)))
+        if len(pieces) > 1:
+            each(unpack, pieces)
+        else:  # all threads share it
+            unpack(pieces[0])
         return weight
 
     def _unpack_by_shifts(self, dtype: torch.dtype) -> Tensor:
@@ -176,6 +203,12 @@ class Int4Linear(FrozenLinear):
         for place, codes in enumerate((self.codes & 15, self.codes >> 4)):
             torch.mul(codes.view(torch.int8).sub_(zeros), scales, out=weight[..., place])
         return weight
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _kernel_runs(device: torch.device) -> bool:
+    """Whether the Triton kernel is switched on and runs on ``device``."""
+    return enabled("dequantize_int4") and not problem(device)
 
 
 @functools.cache

@@ -8,10 +8,13 @@ sums over a block are sums of rows, which vectorise.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from lavintk.threads import each
 
 LEVELS = 15
 """The largest code."""
@@ -29,6 +32,8 @@ HQQ_BETA = 10.0
 HQQ_GROWTH = 1.01
 HQQ_ITERATIONS = 20
 """Settings of HQQ's authors."""
+COLUMNS_AT_ONCE = 64
+"""Columns whose norms a thread computes at a time."""
 SMALLEST_STEP = 1e-37
 """Blocks with a smaller step become zero: its inverse would not be finite."""
 
@@ -41,9 +46,22 @@ def column_importance(weight: Tensor) -> Tensor:
     A trained layer has small weights where its inputs are large, so errors there do more harm than squared error of
     the weights says. Weights too large to be squared all count alike.
     """
-    norms: Tensor = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32)
+    norms = _column_norms(weight)
     relative = (norms / norms.mean()).nan_to_num_(nan=1.0)
     return relative.clamp_(0.1, 10).pow_(-BALANCE)
+
+
+def _column_norms(weight: Tensor) -> Tensor:
+    """Return the norm of each column, fp32 ``[in]``."""
+
+    def norms(columns: Tensor) -> Tensor:
+        # torch goes through one column after the other: in a copy of a few of them, neighbours are near each other
+        found: Tensor = torch.linalg.vector_norm(columns.float().contiguous(), dim=0)
+        return found
+
+    if weight.device.type != "cpu":
+        return norms(weight)
+    return torch.cat(each(norms, weight.split(COLUMNS_AT_ONCE, dim=1)))
 
 
 def quantize_blocks(blocks: Tensor, search: Search, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,34 +88,63 @@ def quantize_blocks(blocks: Tensor, search: Search, importance: Tensor | None = 
 def _rounded(scaled: Tensor, scale: Tensor | float, zero: Tensor, out: Tensor) -> Tensor:
     """Return code minus zero point of each weight, as fp32, in ``out``."""
     torch.mul(scaled, 1 / scale, out=out).round_()
-    return torch.minimum(torch.maximum(out, -zero, out=out), LEVELS - zero, out=out)
+    return torch.clamp(out, -zero, LEVELS - zero, out=out)
+
+
+class _Fit:
+    """Scales of least (weighted) squared error for the codes that a candidate gives, of each block.
+
+    What they leave of the block's energy is the energy minus ``along ** 2 / energy``, the gain: so each candidate is
+    judged with its scale already refined.
+    """
+
+    def __init__(self, scaled: Tensor, importance: Tensor | None) -> None:
+        self.scaled, self.importance = scaled, importance
+        self.weighted = scaled if importance is None else scaled * importance
+        self.rounded, self.product = torch.empty_like(self.weighted), torch.empty_like(self.weighted)
+
+    def measure(self, scale: Tensor | float, zero: Tensor, along: Tensor, energy: Tensor) -> None:
+        """Round with a candidate; write the codes' products with the weights, and with themselves, ``[blocks]``."""
+        rounded = _rounded(self.scaled, scale, zero, self.rounded)
+        torch.sum(torch.mul(rounded, self.weighted, out=self.product), 0, out=along)
+        square = torch.mul(rounded, rounded, out=self.product)
+        torch.sum(square if self.importance is None else square.mul_(self.importance), 0, out=energy)
 
 
 class _Best:
-    """The best scale and zero point so far, in (weighted) squared error.
+    """The best scale and zero point so far, of each block."""
 
-    For given codes the best scale is that of least squares, and what it leaves of the block's energy is the energy
-    minus ``gain``: so each candidate is judged with its scale already refined.
-    """
-
-    def __init__(self, scaled: Tensor, zero: Tensor, importance: Tensor | None) -> None:
-        self.scaled, self.importance = scaled, importance
-        self.weighted = scaled if importance is None else scaled * importance
-        self.rounded, self.product = torch.empty_like(scaled), torch.empty_like(scaled)
+    def __init__(self, fit: _Fit, zero: Tensor) -> None:
+        self.fit = fit
         self.gain, self.scale, self.zero = torch.full_like(zero, -1), torch.ones_like(zero), zero
+        self._along, self._energy = torch.empty_like(zero), torch.empty_like(zero)
 
-    def consider(self, scale: Tensor | float, zero: Tensor) -> None:
-        """Round with a candidate, fit the scale to the codes, and keep both where they are better."""
-        rounded = _rounded(self.scaled, scale, zero, self.rounded)
-        along = torch.mul(rounded, self.weighted, out=self.product).sum(0)
-        square = torch.mul(rounded, rounded, out=self.product)
-        energy = (square if self.importance is None else square.mul_(self.importance)).sum(0)
+    def consider_grid(self, scales: Sequence[float], zeros: Tensor) -> None:
+        """Consider candidates that do not depend on each other, ``zeros`` ``[scales, blocks]``; the first wins a tie.
+
+        As good as one after the other, but what is done for each block is done for all candidates at once.
+        """
+        along, energy = torch.empty_like(zeros), torch.empty_like(zeros)
+        for scale, *rows in zip(scales, zeros, along, energy):
+            self.fit.measure(scale, *rows)
         fitted = torch.where(energy > 0, along / energy, 1.0)
-        gain = along * fitted
+        # weights or importance near the largest number give infinity by infinity, which is never better
+        gain, place = along.mul_(fitted).nan_to_num_(nan=-1, posinf=torch.inf).max(0, keepdim=True)
+        self._keep(gain[0], fitted.gather(0, place)[0], zeros.gather(0, place)[0])
+
+    def consider(self, scale: Tensor, zero: Tensor) -> None:
+        """Round with a candidate, fit the scale to the codes, and keep both where they are better."""
+        along, energy = self._along, self._energy
+        self.fit.measure(scale, zero, along, energy)
+        fitted = torch.where(energy > 0, along / energy, 1.0)
+        self._keep(along * fitted, fitted, zero)
+
+    def _keep(self, gain: Tensor, scale: Tensor, zero: Tensor) -> None:
         better = gain > self.gain
         self.gain = torch.where(better, gain, self.gain)
-        self.scale = torch.where(better, fitted, self.scale)
-        self.zero = torch.where(better, zero, self.zero)
+        self.scale = torch.where(better, scale, self.scale)
+        if zero is not self.zero:
+            self.zero = torch.where(better, zero, self.zero)
 
 
 def _least_squares(scaled: Tensor, middle: Tensor, zero: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -105,10 +152,10 @@ def _least_squares(scaled: Tensor, middle: Tensor, zero: Tensor, importance: Ten
 
     :param middle: of each block's range; a grid that is narrower than the range lies around it.
     """
-    best = _Best(scaled, zero, importance)
-    best.consider(1.0, zero)
-    for scale in SCALES:
-        best.consider(scale, (LEVELS / 2 - middle / scale).round_().clamp_(0, LEVELS))
+    best = _Best(_Fit(scaled, importance), zero)
+    scales = torch.tensor(SCALES, device=scaled.device).unsqueeze(1)
+    zeros = (LEVELS / 2 - middle / scales).round_().clamp_(0, LEVELS)
+    best.consider_grid((1.0, *SCALES), torch.cat([zero.unsqueeze(0), zeros]))
     for shift in SHIFTS:
         best.consider(best.scale + shift, best.zero)
     for move in (-1, 1):

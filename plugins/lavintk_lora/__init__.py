@@ -8,8 +8,10 @@ falls with the square root of the rank, which keeps high ranks useful. Sources: 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from lavintk import hookimpl
 
@@ -50,6 +52,16 @@ class LoraOptions:
     def scale(self) -> float:
         """Factor on what the update adds."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Mapping[str, Any] | None:
+        """Return the options that describe PEFT's LoRA in ``folder``, or None if PEFT wrote nothing there.
+
+        :raises CheckpointError: another method of PEFT's, or files that are missing or damaged; all faults listed.
+        """
+        from lavintk_lora.files import peft_options
+
+        return peft_options(folder)
 
 
 def make_lora(options: LoraOptions) -> Adapter:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lavintk.contracts import AffineUpdate
-from lavintk.layers import FrozenLinear
+from lavintk.layers import FrozenLinear, has_hooks
 from lavintk_lora.files import load_lora, save_lora
+from lavintk_lora.fused import lora_products
 from lavintk_lora.targets import peft_targets, select_linears
 
 if TYPE_CHECKING:
@@ -40,9 +41,25 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``[..., out]`` in the type of ``x`` ``[..., in]``."""
+        (output,) = self.forward_group([self], x)
+        return output
+
+    @classmethod
+    def forward_group(cls, layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
+        """Return what each layer makes of ``x``, with common products; see :func:`lavintk.layers.forward_group`.
+
+        Each layer is computed for itself where its input differs, since dropout acts on it, and where hooks want to
+        see its base.
+        """
+        if any((layer.dropout > 0 and layer.training) or has_hooks(layer.base) for layer in layers):
+            return [layer._forward_in_steps(x) for layer in layers]
+        return lora_products(layers, x)
+
+    def _forward_in_steps(self, x: Tensor) -> Tensor:
         # scaling r values per token is cheaper than scaling out_features of them
         inner = self.scale * F.linear(F.dropout(x, self.dropout, self.training), self.down.to(x.dtype))
-        return cast(Tensor, self.base(x)) + F.linear(inner, self.up.to(x.dtype))
+        base: Tensor = self.base(x)
+        return base + F.linear(inner, self.up.to(x.dtype))
 
     def extra_repr(self) -> str:
         """Describe the layer in ``print(model)``."""

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 VISION_WEIGHTS = "vision_adapter.safetensors"
+PICKLED = "adapter_model.bin"
+"""What PEFT wrote before it wrote safetensors."""
 PEFT_PREFIX = "base_model.model."
 SETTINGS_KEY = "lora_settings"
 """Metadata of the vision file: rank, alpha and kind of scaling as JSON."""
@@ -38,6 +40,10 @@ FEATURES = (
 """Fields of PEFT's configuration that make the adapter another function than plain LoRA."""
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 """``init_lora_weights`` that leave the base weights alone; PiSSA, OLoRA, LoftQ and CorDA change them."""
+
+
+LORA_ENDS = (".lora_A.weight", ".lora_B.weight")
+READ_METHODS = "LoRA and rsLoRA of linear layers with one rank, without DoRA, trained biases or whole modules"
 
 
 def save_lora(
@@ -81,6 +87,60 @@ def load_lora(folder: Path, parameters: Mapping[str, nn.Parameter], options: Lor
             parameter.copy_((stored | stored_vision)[key])
 
 
+def peft_options(folder: Path) -> dict[str, Any] | None:
+    """Return the options of ``lora`` with which :func:`load_lora` reads what PEFT wrote into ``folder``.
+
+    :return: None if no configuration of PEFT's is there.
+    :raises CheckpointError: see :meth:`lavintk_lora.LoraOptions.of_folder`.
+    """
+    if not (folder / CONFIG).is_file():
+        return None
+    faults: list[str] = []
+    config = PEFT_DEFAULTS | _read_config(folder / CONFIG, faults)
+    faults = faults or _function_faults(CONFIG, config)
+    keys = [] if faults else _keys(folder, faults)
+    layers = {key.rpartition(".lora_")[0].removeprefix(PEFT_PREFIX) for key in keys}
+    others = [key for key in keys if not key.startswith(PEFT_PREFIX) or not key.endswith(LORA_ENDS)]
+    faults += [f"{key} in {WEIGHTS} is not LoRA of a linear layer" for key in others]
+    if faults:
+        raise CheckpointError(f"PEFT folder {folder}", faults, f"What is read: {READ_METHODS}.")
+    return {
+        "r": config["r"],
+        "alpha": config["lora_alpha"],
+        "rslora": bool(config["use_rslora"]),
+        "dropout": config.get("lora_dropout") or 0.0,
+        "targets": "+".join(sorted(_targets(config, layers))),
+    }
+
+
+def _targets(config: Mapping[str, Any], layers: set[str]) -> set[str]:
+    """Return what selects exactly the changed layers: leaf names where PEFT took all layers of such a name."""
+    named = config.get("target_modules")
+    whole_names = not isinstance(named, list) or any("." in name for name in named)
+    if whole_names or any(config.get(name) is not None for name in ("layers_to_transform", "exclude_modules")):
+        return {LANGUAGE + layer for layer in layers}
+    return {layer.rpartition(".")[2] for layer in layers}
+
+
+def _keys(folder: Path, faults: list[str]) -> list[str]:
+    """Return the names of the tensors; that there are none is added to ``faults``."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickled = (folder / PICKLED).is_file()
+        convert = f": {PICKLED} could run code; save it anew with PEFT's save_pretrained, which writes safetensors"
+        faults.append(f"{WEIGHTS} is missing" + convert * pickled)
+        return []
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+    except (OSError, SafetensorError) as error:
+        faults.append(f"{WEIGHTS} cannot be read: {error}")
+        return []
+    if not keys:
+        faults.append(f"{WEIGHTS} holds no tensors")
+    return keys
+
+
 def _by_file(
     parameters: Mapping[str, nn.Parameter],
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
@@ -121,21 +181,35 @@ def _config(options: LoraOptions, targets: list[str], base: str) -> dict[str, An
 
 
 def _config_faults(path: Path, options: LoraOptions) -> list[str]:
+    faults: list[str] = []
+    config = _read_config(path, faults)
+    if faults:
+        return faults
+    if config.get("peft_type") == "LORA":
+        faults = _setting_faults(path.name, PEFT_DEFAULTS | config, options)
+    return faults + _function_faults(path.name, config)
+
+
+def _read_config(path: Path, faults: list[str]) -> dict[str, Any]:
+    """Return PEFT's configuration; that it cannot be read is added to ``faults``."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        return [f"{path.name} cannot be read: {error}"]
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        return [f"{path.name} does not describe a LoRA adapter (peft_type 'LORA')"]
-    faults = _setting_faults(path.name, PEFT_DEFAULTS | config, options)
-    faults += [
-        f"{path.name} uses {name}={config[name]!r}, which lavintk lacks" for name in FEATURES if config.get(name)
-    ]
+        faults.append(f"{path.name} cannot be read: {error}")
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _function_faults(file: str, config: Mapping[str, Any]) -> list[str]:
+    """Return what makes the adapter another function than plain LoRA."""
+    if config.get("peft_type") != "LORA":
+        return [f"{file} does not describe a LoRA adapter: peft_type is {config.get('peft_type')!r}, not 'LORA'"]
+    faults = [f"{file} uses {name}={config[name]!r}, which lavintk lacks" for name in FEATURES if config.get(name)]
     if config.get("bias") not in (None, "none"):
-        faults.append(f"{path.name} trains biases (bias={config['bias']!r}), which lavintk's LoRA does not")
+        faults.append(f"{file} trains biases (bias={config['bias']!r}), which lavintk's LoRA does not")
     if config.get("init_lora_weights") not in PLAIN_STARTS:
         start = config["init_lora_weights"]
-        faults.append(f"{path.name} has init_lora_weights={start!r}, which belongs to a changed base model")
+        faults.append(f"{file} has init_lora_weights={start!r}, which belongs to a changed base model")
     return faults
 
 

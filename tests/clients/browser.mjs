@@ -1,24 +1,30 @@
-// node browser.mjs FOLDER TASKS [IMAGE]: as text.mjs and image.mjs, but in a headless Chromium by WebAssembly.
-// TASKS is JSON: [{messages, count, image}, ...]; with image true, IMAGE is asked about, and without messages its pixel
-// values come back. Prints JSON, one answer for each task. Everything comes from a server on this machine; a request to
-// any other address is refused and ends the script. CHROMIUM names the browser, by default /usr/bin/chromium.
+// node browser.mjs TASKS: as node.mjs, but in a headless Chromium by WebAssembly. Everything comes from a server on this
+// machine; a request to any other address is refused and ends the script. CHROMIUM names the browser, by default
+// /usr/bin/chromium.
 import { createReadStream, existsSync, statSync } from 'node:fs';
 import { createServer } from 'node:http';
-import { dirname, extname, join, normalize, resolve, sep } from 'node:path';
+import { basename, dirname, extname, join, normalize, resolve, sep } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { chromium } from 'playwright-core';
 
 const here = dirname(fileURLToPath(import.meta.url));
-const [folder, tasks, image] = process.argv.slice(2);
+const tasks = JSON.parse(process.argv[2]);
 const TYPES = { '.html': 'text/html', '.mjs': 'text/javascript', '.js': 'text/javascript', '.wasm': 'application/wasm',
   '.json': 'application/json', '.png': 'image/png', '.jpg': 'image/jpeg' };
 const FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
   '--disable-component-update', '--disable-sync'];
 
+/** Where the paths of the server lie; the folder and the image of a task have its number. */
+const roots = { client: here, node_modules: join(here, 'node_modules') };
+const asked = tasks.map((task, number) => {
+  roots[`folders/${number}`] = resolve(task.folder);
+  if (!task.image) return { ...task, folder: `${number}` };
+  roots[`images/${number}`] = resolve(dirname(task.image));
+  return { ...task, folder: `${number}`, image: `/images/${number}/${basename(task.image)}` };
+});
+
 /** The file that a path of the server means, or null. */
 function fileOf(path) {
-  if (path === '/image') return image ? resolve(image) : null;
-  const roots = { client: here, node_modules: join(here, 'node_modules'), 'models/exported': resolve(folder) };
   for (const [prefix, root] of Object.entries(roots)) {
     if (!path.startsWith(`/${prefix}/`)) continue;
     const file = normalize(join(root, path.slice(prefix.length + 2)));
@@ -52,9 +58,9 @@ try {
   page.on('pageerror', (error) => console.error(error));
   page.on('console', (message) => console.error(message.text()));
   await page.goto(`${address}/client/page.html`);
-  await page.waitForFunction('window.ready');
+  await page.waitForFunction('window.work');
   const found = [];
-  for (const task of JSON.parse(tasks)) found.push(await page.evaluate((given) => window.answer(given), task));
+  for (const task of asked) found.push(await page.evaluate((given) => window.work(given), task));
   if (outside.length) throw new Error(`the page asked for ${outside.join(', ')}`);
   console.log(JSON.stringify(found));
 } finally {

@@ -1,0 +1,59 @@
+"""Step engines: how the gradients of a window of micro-batches are computed.
+
+``eager`` launches each operation when Python comes to it. ``graph`` records the operations of a micro-batch once, as a
+CUDA graph, and replays them: at batch sizes of one consumer GPU launching takes several times longer than computing.
+Both give the same gradients up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lavintk.data.batch import Batch
+from lavintk.engine.eager import EagerEngine
+from lavintk.engine.graph import GraphEngine, NotRecordableError, why_not_recordable
+from lavintk.errors import RecipeError
+from lavintk.models.multimodal import MultimodalModel
+
+__all__ = ["EagerEngine", "Engine", "GraphEngine", "NotRecordableError", "choose_engine"]
+
+
+class Engine(Protocol):
+    """Computes gradients."""
+
+    name: str
+    """As the recipe names it."""
+
+    def backward(self, window: Sequence[Batch], labelled: int, step: int) -> list[Tensor]:
+        """Add the gradients of the mean loss over ``labelled`` tokens to the parameters' ``grad``.
+
+        :param window: micro-batches on the host. :param step: optimizer steps taken before; dropout follows from it.
+        :returns: each micro-batch's part of the mean loss, scalars on the device; their sum is the loss.
+        :raises NotRecordableError: the engine cannot compute this model after all; gradients are as they were.
+        """
+        ...
+
+
+def choose_engine(
+    setting: str, model: MultimodalModel, scaler: torch.amp.GradScaler, capacity: int, seed: int = 0
+) -> tuple[Engine, str]:
+    """Return the engine for ``setting`` (``auto``, ``eager`` or ``graph``), and why it is not a faster one.
+
+    :param scaler: scales losses; disabled outside of fp16.
+    :param capacity: tokens of a full micro-batch.
+    :param seed: of dropout.
+    :raises RecipeError: ``graph`` is asked for and cannot be.
+    """
+    eager = EagerEngine(model, scaler)
+    if setting == "eager":
+        return eager, ""
+    reason = why_not_recordable(model)
+    if not reason:
+        return GraphEngine(model, scaler, capacity, seed), ""
+    if setting == "graph":
+        raise RecipeError("train.engine", [f"'graph' was asked for, but {reason}"], "Use --engine auto or eager.")
+    return eager, reason

@@ -1,0 +1,172 @@
+"""The engine that records the operations of a micro-batch as a CUDA graph and replays them.
+
+A graph holds addresses, not tensors: what changes from micro-batch to micro-batch is copied into the tensors that were
+there at the recording, and gradients are added to the very tensors that stood in ``grad``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from torch import Tensor, nn
+
+from lavintk.data.batch import Batch
+from lavintk.data.pack import Pack, PackShape
+from lavintk.engine.randomness import RecordedRandomness, Run, recompute_without_randomness
+from lavintk.errors import LavintkError
+from lavintk.models.multimodal import MultimodalModel, Recompute, recompute
+
+WARM_UPS = 2
+"""Runs before the recording: libraries make their workspaces, kernels are compiled."""
+MOST_GRAPHS = 24
+"""Shapes that are recorded. Each graph holds a few hundred KiB of launch parameters per layer; memory is shared."""
+
+
+class NotRecordableError(LavintkError):
+    """A model's operations could not be recorded as a CUDA graph."""
+
+
+def why_not_recordable(model: MultimodalModel) -> str:
+    """Return what keeps ``model`` from being recorded, or an empty text if nothing is known to."""
+    if model.device.type != "cuda":
+        return "CUDA graphs need a CUDA device"
+    layers = {type(module).__name__ for module in model.linears().values() if not module.graph_safe}
+    if layers:
+        return f"the host waits for the device in layers of the kind {', '.join(sorted(layers))}"
+    if model.manner.side_per_row or model.manner.blank_first:
+        return "the adapter computes as LaVIN's own code does, where shapes depend on the rows"
+    return ""
+
+
+@dataclass
+class RecordedStep:
+    """A recorded micro-batch: the tensors that it reads and writes.
+
+    :param pack: inputs. :param factor: fp32 scalar that the loss is multiplied with for the gradients.
+    :param loss: sum over the labelled tokens.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    pack: Pack
+    factor: Tensor
+    loss: Tensor
+    randomness: RecordedRandomness | None
+
+    def run(self, pack: Pack, factor: Tensor, seed: int) -> Tensor:
+        """Add the gradients of ``pack``, which lies in pinned memory, and return its loss sum."""
+        for recorded, given in zip(self.pack.tensors(), pack.tensors(), strict=True):
+            recorded.copy_(given, non_blocking=True)
+        self.factor.copy_(factor)
+        if self.randomness is not None:
+            self.randomness.seed(seed)
+        self.graph.replay()
+        return self.loss.clone()
+
+
+class GraphEngine:
+    """Replays one graph per shape of micro-batch; a shape's first micro-batch takes a few seconds longer.
+
+    :param capacity: tokens of a full micro-batch. :param seed: of dropout.
+    """
+
+    name = "graph"
+
+    def __init__(self, model: MultimodalModel, scaler: torch.amp.GradScaler, capacity: int, seed: int) -> None:
+        self.model, self.scaler, self.capacity = model, scaler, capacity
+        tokens = model.adapter.side_tokens() if model.adapter else None
+        self._side = 0 if tokens is None else len(tokens)
+        self._recorded: dict[PackShape, RecordedStep] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._seed = seed
+
+    def backward(self, window: Sequence[Batch], labelled: int, step: int) -> list[Tensor]:
+        """Add the window's gradients; see :class:`lavintk.engine.Engine`."""
+        self._keep_gradients()
+        factor = self.scaler.scale(torch.ones((), device=self.model.device)) / labelled
+        losses = []
+        for index, batch in enumerate(window):
+            shape = PackShape.of(batch, self.capacity, self.model.visual_tokens, self._side)
+            pack = Pack.of(batch, shape, self._side)
+            if shape not in self._recorded and len(self._recorded) >= MOST_GRAPHS:
+                loss = self._run_eagerly(pack, factor)
+            else:
+                if shape not in self._recorded:
+                    self._recorded[shape] = self._record(pack)
+                seed = Random(f"{self._seed}/{step}/{index}").getrandbits(62)
+                loss = self._recorded[shape].run(pack.map(Tensor.pin_memory), factor, seed)
+            losses.append(loss / labelled)
+        return losses
+
+    def _keep_gradients(self) -> None:
+        for parameter in self.model.trainable().values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def _run_eagerly(self, pack: Pack, factor: Tensor) -> Tensor:
+        return self._forward_backward(pack.map(lambda tensor: tensor.to(self.model.device)), factor)
+
+    def _forward_backward(self, pack: Pack, factor: Tensor) -> Tensor:
+        loss = self.model.pack_loss_sum(pack)
+        (loss * factor).backward()
+        return loss.detach()
+
+    def _record(self, example: Pack) -> RecordedStep:
+        """Record a micro-batch of the shape of ``example``; gradients stay as they are.
+
+        :raises NotRecordableError: an operation cannot be recorded.
+        """
+        device = self.model.device
+        pack, factor = example.map(lambda tensor: tensor.to(device)), torch.zeros((), device=device)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            layers, draws = self._warm_up(pack, factor)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        randomness = RecordedRandomness(device, layers) if draws else None
+        if randomness is not None:
+            randomness.attach(graph)
+        how = recompute_without_randomness if randomness is None else randomness.recompute
+        try:
+            with _recomputing(self.model, how), torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                loss = self._forward_backward(pack, factor)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise NotRecordableError(f"an operation cannot be recorded: {str(error).splitlines()[0]}") from error
+        return RecordedStep(graph, pack, factor, loss, randomness)
+
+    def _warm_up(self, pack: Pack, factor: Tensor) -> tuple[int, bool]:
+        """Run with a ``factor`` of 0, which leaves gradients as they are; return what a recording has to know.
+
+        :returns: how many layers are recomputed, and whether anything draws random numbers.
+        """
+        generator = torch.cuda.default_generators[self.model.device.index or 0]
+        calls = 0
+
+        def counted(run: Run, module: nn.Module, hidden: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return recompute(run, module, hidden)
+
+        before = generator.get_offset()
+        for _ in range(WARM_UPS):
+            with _recomputing(self.model, counted):
+                self._forward_backward(pack, factor)
+        return calls // WARM_UPS, generator.get_offset() != before
+
+
+@contextmanager
+def _recomputing(model: MultimodalModel, how: Recompute) -> Iterator[None]:
+    """Let ``model`` recompute its layers by ``how``."""
+    before, model.recompute = model.recompute, how
+    try:
+        yield
+    finally:
+        model.recompute = before

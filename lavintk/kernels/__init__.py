@@ -1,0 +1,13 @@
+"""Fused kernels for training a model whose norm weights are frozen, and torch's own operations in their place.
+
+On a CUDA device where Triton runs, :func:`rms_norm`, :func:`swiglu` and :func:`rope` are one kernel forward and one
+backward, and keep their inputs only; elsewhere they are written out in torch (:mod:`lavintk.kernels.plain`). Both
+round where transformers' modules round. The kernels can be recorded in a CUDA graph once they have run a time outside
+of it, which compiles them: they never wait for the device, and their grids follow from shapes alone.
+``LAVINTK_KERNELS`` switches them (:mod:`lavintk.kernels.choice`).
+"""
+
+from lavintk.kernels.choice import NAMES, VARIABLE, fused, problem, using
+from lavintk.kernels.functions import rms_norm, rope, swiglu
+
+__all__ = ["NAMES", "VARIABLE", "fused", "problem", "rms_norm", "rope", "swiglu", "using"]

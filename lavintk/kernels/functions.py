@@ -1,0 +1,66 @@
+"""The functions that models call: a fused kernel where it fits, torch's operations elsewhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lavintk.kernels import plain
+from lavintk.kernels.choice import fused
+
+WIDEST_ROW = 65536
+"""Elements of a row that one program still takes whole."""
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise ``x`` along its last dimension as transformers' ``LlamaRMSNorm`` does.
+
+    The mean square is taken in fp32, the normalised value rounded to the type of ``x`` and then multiplied by the
+    weight. The kernel keeps ``x`` and one fp32 number per row for the backward pass, and gives no gradient of the
+    weight: one that is trained takes torch's operations.
+
+    :param x: ``[..., H]``. :param weight: ``[H]``. :param eps: added to the mean square.
+    :returns: the shape of ``x``.
+    """
+    trained = weight.requires_grad and torch.is_grad_enabled()
+    fits = weight.shape == x.shape[-1:] and x.shape[-1] <= WIDEST_ROW
+    if not trained and fits and fused("rms_norm", x, weight):
+        from lavintk.kernels import triton_norm
+
+        return triton_norm.rms_norm(x, weight, eps)
+    return plain.rms_norm(x, weight, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return ``silu(gate) * up`` as transformers' gated layers do: ``silu`` is rounded before the product.
+
+    The kernel keeps ``gate`` and ``up`` for the backward pass; they may be slices of one projection.
+
+    :param gate: ``[..., I]``. :param up: likewise.
+    :returns: ``[..., I]``, contiguous from the kernel.
+    """
+    if gate.shape == up.shape and gate.dim() > 0 and fused("swiglu", gate, up):
+        from lavintk.kernels import triton_swiglu
+
+        return triton_swiglu.swiglu(gate, up)
+    return plain.swiglu(gate, up)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys as transformers' ``apply_rotary_pos_emb`` does: element i with element ``i + d / 2``.
+
+    The kernel keeps ``cos`` and ``sin`` only: the backward pass is the rotation back. It treats them as constants;
+    where they need a gradient, torch's operations are taken.
+
+    :param q: ``[N, heads, d]``, also as a view of a wider projection. :param k: ``[N, kv_heads, d]``, likewise.
+    :param cos: ``[N, d]`` as transformers' rotary embedding returns it, without its batch dimension.
+    :param sin: likewise.
+    :returns: the rotated q and k, contiguous from the kernel.
+    """
+    trained = (cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled()
+    fits = q.dim() == k.dim() == 3 and (q.shape[0], q.shape[2]) == (k.shape[0], k.shape[2]) == cos.shape == sin.shape
+    if not trained and fits and q.shape[2] % 2 == 0 and fused("rope", q, k, cos, sin):
+        from lavintk.kernels import triton_rope
+
+        return triton_rope.rope(q, k, cos, sin)
+    return plain.rope(q, k, cos, sin)

@@ -1,0 +1,30 @@
+"""What the fused kernels compute, in torch's own operations, rounding where transformers' modules round."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return ``x`` divided by its root mean square along the last dimension, times ``weight`` (arXiv:1910.07467)."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return ``silu(gate) * up`` (arXiv:2002.05202)."""
+    return F.silu(gate) * up
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn the pairs ``(i, i + d / 2)`` of q and k ``[N, heads, d]`` by the angles of ``[N, d]`` (arXiv:2104.09864)."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * cos + _half_turn(q) * sin, k * cos + _half_turn(k) * sin
+
+
+def _half_turn(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)

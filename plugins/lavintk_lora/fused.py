@@ -1,0 +1,154 @@
+"""The function of LoRA layers with a common input, forward and backward by hand.
+
+For frozen W_i and trained A_i, B_i: ``y_i = W_i x + b_i + s_i B_i z_i`` with ``z_i = A_i x``. All A_i are multiplied at
+once. The products that make the updates also scale and add them; likewise the parts of the gradient with respect to x.
+
+It is two autograd functions, since torch packs what a function saves only after its forward has run. A checkpointed
+block is recomputed until its last tensor is saved; were that done by the function that multiplies with W, the product
+of the block's last layer would be computed again for nothing. So :class:`_Inner` saves everything and multiplies with A
+only, and :class:`_Outer`, which saves nothing, reads what the other has saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from lavintk_lora.adapter import LoraLinear
+
+WIDE_PRODUCTS = torch.version.cuda is not None and "dtype" in torch.ops.aten.mm.overloads()
+"""Whether a CUDA device can multiply fp16 or bf16 matrices to an fp32 one."""
+
+
+def lora_products(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
+    """Return ``[..., out]`` of each layer for the same ``x`` ``[..., in]``, in its type; dropout is left out.
+
+    Gradients flow to ``x``, and to A and B in their own type. Kept for the backward pass are ``x``, the inner values,
+    and A and B in the type of ``x``.
+    """
+    factors = _Factors.of(layers, x.dtype)
+    masters = [layer.down for layer in layers] + [layer.up for layer in layers]
+    inner: Tensor = _Inner.apply(factors, x, *masters)  # type: ignore[no-untyped-call]
+    return list(_Outer.apply(layers, factors, inner, x, *masters))  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """A and B in the type of x, for one pass."""
+
+    down: Tensor
+    """A_i of all layers one below the other, ``[sum of ranks, in]``."""
+    ups: list[Tensor]
+    """B_i ``[out, rank]``."""
+
+    @classmethod
+    def of(cls, layers: Sequence[LoraLinear], dtype: torch.dtype) -> _Factors:
+        downs, ups = ([matrix.detach() for matrix in side] for side in zip(*((x.down, x.up) for x in layers)))
+        if all(matrix.dtype == dtype for matrix in (*downs, *ups)):
+            return cls(downs[0] if len(downs) == 1 else torch.cat(downs), ups)
+        down = downs[0].new_empty(sum(map(len, downs)), downs[0].shape[1], dtype=dtype)
+        narrow = [torch.empty_like(up, dtype=dtype) for up in ups]
+        # one kernel casts all of them
+        torch._foreach_copy_([*down.split([len(matrix) for matrix in downs]), *narrow], [*downs, *ups])
+        return cls(down, narrow)
+
+
+class _Inner(torch.autograd.Function):
+    """``z`` of all layers side by side, ``[rows of x, sum of ranks]``; saves what the gradients need.
+
+    Its own backward, without gradients, only follows :class:`_Outer`'s, whereupon torch lets go of what is saved.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, factors: _Factors, x: Tensor, *masters: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        inner = x.reshape(-1, x.shape[-1]) @ factors.down.t()
+        ctx.save_for_backward(x, inner, factors.down, *factors.ups)
+        return inner
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
+        return (None,) * len(ctx.needs_input_grad)
+
+
+class _Outer(torch.autograd.Function):
+    """``W_i x + b_i + s_i B_i z_i``, and all gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layers: Sequence[LoraLinear], factors: _Factors, inner: Tensor, x: Tensor, *masters: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.layers, ctx.node = layers, inner.grad_fn
+        products = []
+        for layer, up, z in zip(layers, factors.ups, inner.split([up.shape[1] for up in factors.ups], dim=1)):
+            product = layer.base.product(x)
+            product.view(-1, up.shape[0]).addmm_(z, up.t(), alpha=layer.scale)
+            products.append(product)
+        return tuple(products)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, inner, down, *ups = ctx.node.saved_tensors
+        _, _, _, x_needed, *needed = ctx.needs_input_grad
+        layers, count, ranks = ctx.layers, len(ups), [up.shape[1] for up in ups]
+        # None for an output that nobody used
+        rows = [None if g is None else g.reshape(-1, up.shape[0]) for g, up in zip(gradients, ups)]
+        inner_gradient = _inner_gradient(rows, ups, layers, inner)
+        x_gradient: Tensor | None = None
+        for layer, gradient in zip(layers, rows):
+            if x_needed and gradient is not None:
+                x_gradient = layer.base.input_gradient(gradient, x_gradient)
+        if x_gradient is not None:
+            x_gradient = x_gradient.addmm_(inner_gradient, down).view(x.shape)
+        down_gradients: Sequence[Tensor | None] = [None] * count
+        up_gradients: Sequence[Tensor | None] = [None] * count
+        if any(needed[:count]):
+            stacked = _product(inner_gradient.t(), x.reshape(-1, x.shape[-1]), layers[0].down.dtype)
+            down_gradients = stacked.split(ranks)
+        if any(needed[count:]):
+            up_gradients = _up_gradients(rows, inner.split(ranks, dim=1), layers)
+        return (None, None, None, x_gradient, *down_gradients, *up_gradients)
+
+
+def _inner_gradient(
+    gradients: Sequence[Tensor | None], ups: Sequence[Tensor], layers: Sequence[LoraLinear], inner: Tensor
+) -> Tensor:
+    """Return the gradient with respect to ``z``, in the shape of ``inner``."""
+    result = torch.empty_like(inner)
+    for gradient, up, layer, part in zip(gradients, ups, layers, result.split([up.shape[1] for up in ups], dim=1)):
+        if gradient is None:
+            part.zero_()
+        else:
+            part.addmm_(gradient, up, beta=0, alpha=layer.scale)
+    return result
+
+
+def _up_gradients(
+    gradients: Sequence[Tensor | None], inner: Sequence[Tensor], layers: Sequence[LoraLinear]
+) -> list[Tensor | None]:
+    """Return the gradients with respect to the B_i."""
+    results: list[Tensor | None] = [None] * len(layers)
+    scaled, scales = [], []
+    for i, (gradient, z, layer) in enumerate(zip(gradients, inner, layers)):
+        if gradient is not None:
+            results[i] = product = _product(gradient.t(), z, layer.up.dtype)
+            scaled.append(product)
+            scales.append(layer.scale)
+    if scaled:
+        torch._foreach_mul_(scaled, scales)  # one kernel
+    return results
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``left @ right`` in ``dtype``, not rounded to their type in between where the device can do that."""
+    if WIDE_PRODUCTS and left.is_cuda and dtype == torch.float32 and left.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
