@@ -220,10 +220,12 @@ def show(row: Row, measured: Sequence[Measured]) -> None:
 def wanted_rows(counts: Sequence[int], names: Sequence[str]) -> Iterator[Row]:
     """Yield the rows of these names for each number of tokens, and those of weights once."""
     for tokens in counts:
-        for name in (name for name in ROWS if name in names):
-            yield from ROWS[name](tokens)
-    for name in (name for name in WEIGHT_ROWS if name in names):
-        yield from WEIGHT_ROWS[name]()
+        for name, rows in ROWS.items():
+            if name in names:
+                yield from rows(tokens)
+    for name, weight_rows in WEIGHT_ROWS.items():
+        if name in names:
+            yield from weight_rows()
 
 
 def main() -> None:

@@ -21,13 +21,14 @@ from geometries import CLIP_LARGE, LANGUAGE, RandomSource
 import lavintk
 from lavintk.data.batch import IMAGE, Batch
 from lavintk.devices import describe
+from lavintk.engine import choose_engine
 from lavintk.models.connector import TapNeck
 from lavintk.models.language import load_language_model, load_vision_model
 from lavintk.models.multimodal import MultimodalModel, count_parameters
 from lavintk.models.vision import VisionTower
 from lavintk.plugins import installed_plugins
 from lavintk.registry import Choice
-from lavintk.schedule import decay_groups
+from lavintk.schedule import build_optimizer
 
 PUBLISHED = {"7b": "8-9 GB", "13b": "13-14 GB", "65b": "40 GB hoped for"}
 """Memory that LaVIN-lite's authors report, in 10^9 bytes."""
@@ -47,17 +48,16 @@ def make_model(geometry: str, quant: str, adapter: str, device: torch.device) ->
     return model.train()
 
 
-def make_batch(length: int, rows: int, device: torch.device) -> Batch:
+def make_batch(length: int, rows: int) -> Batch:
     """Return ``rows`` rows of ``length`` tokens, each with an image, half of the tokens trained."""
     ids = torch.randint(3, 32000, (rows * length,))
     labels = ids.roll(-1)
     labels.view(rows, length)[:, : length // 2] = -100
     slots = torch.cat([torch.arange(4, 10) + row * length for row in range(rows)])
-    batch = Batch(
+    return Batch(
         ids, labels, torch.arange(length).repeat(rows), (length,) * rows, torch.full((rows,), IMAGE),
         torch.randn(rows, 3, 224, 224), slots, tuple(map(str, range(rows))),
     )  # fmt: skip
-    return batch.to(device)
 
 
 def measure(geometry: str, arguments: argparse.Namespace) -> dict[str, object]:
@@ -69,18 +69,18 @@ def measure(geometry: str, arguments: argparse.Namespace) -> dict[str, object]:
     torch.cuda.synchronize()
     load_seconds, load_peak = time.perf_counter() - started, torch.cuda.max_memory_allocated()
     resident = torch.cuda.memory_allocated()
-    optimizer = installed_plugins().optimizers.create(Choice.parse(arguments.optim)).build(
-        decay_groups(model.trainable(), 0.02), lr=1e-4, betas=(0.9, 0.95), eps=1e-8
-    )  # fmt: skip
-    batch = make_batch(arguments.length, arguments.rows, device)
+    chosen = installed_plugins().optimizers.create(Choice.parse(arguments.optim))
+    optimizer = build_optimizer(chosen, model.trainable(), lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.02)
+    batch = make_batch(arguments.length, arguments.rows)
+    engine, _ = choose_engine(arguments.engine, model, torch.amp.GradScaler(enabled=False), batch.tokens)
     torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(arguments.steps):
         torch.cuda.synchronize()
         begun = time.perf_counter()
-        (model.loss_sum(batch) / batch.labelled).backward()
+        optimizer.zero_grad(set_to_none=False)
+        engine.backward([batch], batch.labelled, 0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - begun))
     free, total = torch.cuda.mem_get_info()
@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--quant", default="nf4")
     parser.add_argument("--adapter", default="mma:visual=router")
     parser.add_argument("--optim", default="paged")
+    parser.add_argument("--engine", choices=("auto", "eager", "graph"), default="auto")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6)

@@ -40,7 +40,7 @@ from lavintk.plugins import installed_plugins
 from lavintk.recipe import make_recipe
 from lavintk.registry import Choice
 from lavintk.run import load_records
-from lavintk.schedule import decay_groups
+from lavintk.schedule import build_optimizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -107,8 +107,9 @@ def train_lavintk(
 ) -> list[float]:
     """Train with the trainer's engine; return the mean loss of each step."""
     model.train()
-    optimizer = installed_plugins().optimizers.create(Choice("adamw")).build(
-        decay_groups(model.trainable(), 0.0), lr=arguments.lr, betas=BETAS, eps=EPSILON
+    adamw = installed_plugins().optimizers.create(Choice("adamw"))
+    optimizer = build_optimizer(
+        adamw, model.trainable(), lr=arguments.lr, betas=BETAS, eps=EPSILON, weight_decay=0.0
     )  # fmt: skip
     capacity = max(sum(len(rows[index]) for index in indices) for indices in plan)
     step = lavintk_step(model, optimizer, arguments.engine, capacity)

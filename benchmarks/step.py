@@ -118,9 +118,9 @@ def lavintk_step(
     chosen, _ = choose_engine(engine, model, torch.amp.GradScaler(enabled=False), capacity)
 
     def step(batch: Batch) -> torch.Tensor:
+        optimizer.zero_grad(set_to_none=False)
         (loss,) = chosen.backward([batch], batch.labelled, 0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=chosen.name == "eager")  # a graph adds to the tensors it was recorded with
         return loss
 
     return step
@@ -139,7 +139,7 @@ class Lavintk:
         from lavintk.models.vision import VisionTower
         from lavintk.plugins import installed_plugins
         from lavintk.registry import Choice
-        from lavintk.schedule import decay_groups
+        from lavintk.schedule import build_optimizer
 
         self.engine, plugins = job.contender.partition(":")[2] or "eager", installed_plugins()
         config, vision = geometry(job.geometry)
@@ -156,8 +156,9 @@ class Lavintk:
         self.model.checkpointing = job.checkpointing
         self.model.train()
         optimizer = plugins.optimizers.create(Choice.parse(job.optim))
-        groups = decay_groups(self.model.trainable(), 0.02)
-        self.optimizer = optimizer.build(groups, lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8)
+        self.optimizer = build_optimizer(
+            optimizer, self.model.trainable(), lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.02
+        )
 
     def ready(self, rows: int, length: int) -> Callable[[Any], torch.Tensor]:
         """Return the engine's step."""
@@ -221,7 +222,7 @@ def geometry(name: str) -> tuple[Any, Any]:
 
     if name != "tiny":
         return LANGUAGE[name], CLIP_LARGE
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+    sizes: Any = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
     return (
         LlamaConfig(num_hidden_layers=2, **sizes),
         CLIPVisionConfig(num_hidden_layers=8, image_size=224, patch_size=56, **sizes),
@@ -306,7 +307,6 @@ def clean(device: torch.device) -> None:
 
 def measure(contender: Contender, job: Job, shape: Shape, device: torch.device) -> Result:
     """Take the steps of one shape and return times and peaks."""
-    contender.optimizer.zero_grad(set_to_none=True)
     clean(device)
     batch = contender.draw(*shape)
     begun = time.perf_counter()

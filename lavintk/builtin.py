@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from lavintk.contracts import Evaluation, Optimizer, Quantizer
     from lavintk.registry import NoOptions, Registry
 
+lavintk_api = 1
+
 
 def make_dense_quantizer(options: NoOptions) -> Quantizer:
     """Return the quantizer that keeps weights in 16 or 32 bits."""

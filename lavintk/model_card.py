@@ -175,7 +175,8 @@ def _imported_adapter(run: Mapping[str, Any]) -> str:
     adapter = _section(_section(run, "imported"), "adapter")
     if not adapter:
         return ""
-    return f"- adapter folder: {adapter.get('folder')}, sha256 `{adapter.get('sha256')}`, read as `{adapter.get('read_as')}`"
+    folder, sha256, read_as = (adapter.get(key) for key in ("folder", "sha256", "read_as"))
+    return f"- adapter folder: {folder}, sha256 `{sha256}`, read as `{read_as}`"
 
 
 def _prompt(content: Mapping[str, Any]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, get_type_hints
 
-from lavintk.errors import OptionsError, PluginError, UnknownNameError, did_you_mean
+from lavintk.errors import LavintkError, OptionsError, PluginError, UnknownNameError, did_you_mean
 
 Product = TypeVar("Product")
 
@@ -112,7 +112,7 @@ class Entry(Generic[Product]):
         """Check the options and call the factory with them.
 
         :raises OptionsError: see :meth:`parse_options`.
-        :raises PluginError: the factory needs a package that is not installed.
+        :raises PluginError: the factory needs a package that is not installed, or fails.
         """
         options = self.parse_options(given or {})
         try:
@@ -121,6 +121,13 @@ class Entry(Generic[Product]):
             raise PluginError(
                 f"{self.kind} {self.name!r} (plugin {self.owner}) cannot be used: {error}. "
                 f"Install what is missing, or skip the plugin with LAVINTK_DISABLE={self.owner}."
+            ) from error
+        except LavintkError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"plugin {self.owner!r} failed to make {self.kind} {self.name!r}: {type(error).__name__}: {error}\n"
+                f"skip it with LAVINTK_DISABLE={self.owner}"
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""The learning rate over a run, and which parameters are decayed."""
+"""The optimizer over a model's trained parameters, and the learning rate over a run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lavintk.flat import flatten
+
 if TYPE_CHECKING:
+    import torch
     from torch import nn
+
+    from lavintk.contracts import Optimizer
 
 
 def learning_rate(step: int, total: int, *, peak: float, lowest: float, schedule: str, warmup: float) -> float:
@@ -26,6 +31,27 @@ def learning_rate(step: int, total: int, *, peak: float, lowest: float, schedule
         return peak
     share = 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
     return lowest + (peak - lowest) * share
+
+
+def build_optimizer(
+    optimizer: Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    """Return ``optimizer`` over ``parameters``, over flat ones where it does not care.
+
+    Gradients of flat parameters stay in their place: clear them with ``zero_grad(set_to_none=False)``.
+
+    :raises LavintkError: see :meth:`lavintk.contracts.Optimizer.build`.
+    """
+    groups = decay_groups(parameters, weight_decay)
+    if getattr(optimizer, "elementwise", False):
+        groups = flatten(groups)
+    return optimizer.build(groups, lr=lr, betas=betas, eps=eps)
 
 
 def decay_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

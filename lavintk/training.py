@@ -41,7 +41,6 @@ from lavintk.devices import describe, enough_memory, peak_memory, pick_device, p
 from lavintk.engine import EagerEngine, Engine, NotRecordableError, choose_engine
 from lavintk.errors import DataError, LavintkError, OutOfMemoryError, RunError, TrainingError
 from lavintk.evaluate import mean_loss
-from lavintk.flat import flatten
 from lavintk.models.build import Assembly, build
 from lavintk.models.multimodal import count_parameters
 from lavintk.plugins import Plugins, installed_plugins
@@ -49,7 +48,7 @@ from lavintk.recipe import Recipe, make_recipe, read_recipe
 from lavintk.registry import Choice
 from lavintk.report import TrainingDisplay, duration, loading_bar, scores_table
 from lavintk.run import CHECKPOINTS, METRICS, PREDICTIONS, RECIPE, Run, evaluate, load_records
-from lavintk.schedule import decay_groups, learning_rate
+from lavintk.schedule import build_optimizer, learning_rate
 
 SETTLED = ("model.connector", "model.tap_every", "model.neck", "model.patch_layer", "quant", "adapter", "optim")
 """Settings that a run keeps to its end: what is in its checkpoints means nothing under others."""
@@ -240,10 +239,10 @@ class Trainer:
         optimizer = self.plugins.optimizers.create(self.recipe.optim)
         if self.device.type != "cuda" and optimizer.without_cuda:
             self.console.print(f"note: {optimizer.without_cuda}")
-        groups = decay_groups(self.assembly.model.trainable(), settings.weight_decay)
-        if getattr(optimizer, "elementwise", False):
-            groups = flatten(groups)
-        self.optimizer = optimizer.build(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+        self.optimizer = build_optimizer(
+            optimizer, self.assembly.model.trainable(),
+            lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay,
+        )  # fmt: skip
 
     def _choose_engine(self) -> None:
         settings = self.recipe.train

@@ -1,21 +1,17 @@
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from lavintk.cli import main
 from lavintk.plugins import installed_plugins
+from lavintk.testing import Outcome, fixtures
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a command left behind."""
-
-    exit_code: int
-    stdout: str
-    stderr: str
+def pytest_configure(config: pytest.Config) -> None:
+    """Load the kit's fixtures where lavintk was installed before it offered them to pytest by entry point."""
+    if not config.pluginmanager.has_plugin("lavintk"):
+        config.pluginmanager.register(fixtures, "lavintk")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,37 +33,10 @@ def own_surroundings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyte
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
     monkeypatch.setenv("LAVINTK_CACHE", str(tmp_path_factory.mktemp("cache")))
-    for name in ("LAVINTK_DISABLE", "LAVINTK_TRACE"):
+    for name in ("LAVINTK_DISABLE", "LAVINTK_TRACE", "LAVINTK_KERNELS"):
         monkeypatch.delenv(name, raising=False)
     yield
     installed_plugins.cache_clear()
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny language model, a vision tower, pictures and data files; do not write into it."""
-    from tests.runs import write_everything  # imports transformers
-
-    return write_everything(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def run_cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
-    """Return a function that runs ``lavintk`` in this process: ``run_cli("plugins", "list").stdout``.
-
-    Plugins are loaded anew each time, so that what a test installed or disabled counts.
-    """
-    monkeypatch.setenv("COLUMNS", "160")  # rich would fold lines at 80
-    monkeypatch.setenv("NO_COLOR", "1")
-
-    def run(*arguments: str) -> Outcome:
-        installed_plugins.cache_clear()
-        capsys.readouterr()
-        exit_code = main(arguments)
-        captured = capsys.readouterr()
-        return Outcome(exit_code, captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture

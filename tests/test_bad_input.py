@@ -28,9 +28,9 @@ from lavintk.data.batches import make_batches
 from lavintk.errors import RunError
 from lavintk.hookspecs import hookimpl
 from lavintk.models.multimodal import MultimodalModel
-from tests.conftest import Outcome
-from tests.runs import multimodal, recipe
-from tests.tiny import write_language_model, write_tokenizer, write_vision_tower
+from lavintk.testing import Outcome
+from lavintk.testing.runs import multimodal, recipe
+from lavintk.testing.tiny import write_language_model, write_tokenizer, write_vision_tower
 
 RunCli = Callable[..., Outcome]
 Damage = Callable[[Path], object]

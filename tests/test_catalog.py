@@ -24,7 +24,7 @@ from lavintk.models import catalog, download
 from lavintk.models.catalog import CatalogEntry, describe, fetch_model, installed, list_models, locate
 from lavintk.models.download import WheelMember
 from lavintk.models.sources import open_source
-from tests.tiny import write_language_model
+from lavintk.testing.tiny import write_language_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONTENT = bytes(range(256)) * 999

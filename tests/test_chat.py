@@ -20,9 +20,9 @@ from lavintk.errors import DataError, ModelError, OptionsError
 from lavintk.generate import Sampling, generate_tokens, make_sampler
 from lavintk.models.build import Assembly
 from lavintk.recipe import make_recipe
+from lavintk.testing import Outcome
+from lavintk.testing.runs import multimodal, recipe
 from lavintk.training import train
-from tests.conftest import Outcome
-from tests.runs import multimodal, recipe
 
 RunCli = Callable[..., Outcome]
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from lavintk.cli import main
 from lavintk.cli.train import FLAGS
 from lavintk.errors import RecipeError
 from lavintk.recipe import known_keys, make_recipe, read_recipe
-from tests.conftest import Outcome
+from lavintk.testing import Outcome
 
 RunCli = Callable[..., Outcome]
 COMMANDS = ("train", "eval", "chat", "import", "data", "models", "plugins", "doctor")

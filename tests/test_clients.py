@@ -31,10 +31,10 @@ from lavintk.run import Run
 from lavintk.runtime import ExportedModel, load
 from lavintk.runtime.manifest import Manifest
 from lavintk.runtime.sessions import Opener
+from lavintk.testing.runs import COLOURS, multimodal, recipe, write_everything
+from lavintk.testing.tiny import VOCABULARY, write_language_model
 from lavintk_onnx.folder import PLACEHOLDER, FolderDescription, model_config
 from lavintk_onnx.templates import text_prompt_is_exact, without_block_lines
-from tests.runs import COLOURS, multimodal, recipe, write_everything
-from tests.tiny import VOCABULARY, write_language_model
 
 Chat = list[dict[str, Any]]
 Array = NDArray[Any]

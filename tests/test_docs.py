@@ -25,7 +25,7 @@ from lavintk.plugins import installed_plugins, load_plugins
 from lavintk.recipe import Recipe, known_keys, shipped
 from lavintk.registry import Choice
 from lavintk.run import load_records
-from tests.conftest import Outcome
+from lavintk.testing import Outcome
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -10,7 +10,7 @@ import pytest
 
 from lavintk import doctor
 from lavintk.doctor import Finding
-from tests.conftest import Outcome
+from lavintk.testing import Outcome
 
 RunCli = Callable[..., Outcome]
 Install = Callable[..., Path]

@@ -25,9 +25,9 @@ from lavintk.models.build import build_outline
 from lavintk.plugins import installed_plugins
 from lavintk.registry import Choice
 from lavintk.runtime import load
+from lavintk.testing import Outcome
+from lavintk.testing.tiny import write_language_model
 from lavintk_onnx.graph import DataFile
-from tests.conftest import Outcome
-from tests.tiny import write_language_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's
 RunCli = Callable[..., Outcome]

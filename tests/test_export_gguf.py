@@ -16,10 +16,10 @@ from lavintk.models.gguf_source import read_header
 from lavintk.models.sources import open_source
 from lavintk.models.tokenizer import TEXT_SPLITS, load_tokenizer
 from lavintk.run import Run
+from lavintk.testing.tiny import CHAT_TEMPLATE, write_language_model
 from lavintk_gguf import GgufOptions, make_gguf
 from tests.test_export_hf import MMA, MODALITIES, ids, own_logits, quiet_transformers, text_run, trained, vision_run
 from tests.test_gguf import rebuilt
-from tests.tiny import CHAT_TEMPLATE, write_language_model
 
 __all__ = ["quiet_transformers"]
 ROUNDING = {"f32": 1e-4, "f16": 0.02, "bf16": 0.15, "q8_0": 0.2, "q4_1": 3.0, "q4_0": 3.0}

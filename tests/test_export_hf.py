@@ -23,8 +23,8 @@ from lavintk.plugins import installed_plugins
 from lavintk.recipe import make_recipe
 from lavintk.registry import NoOptions
 from lavintk.run import Run
+from lavintk.testing.tiny import EXTRA, write_language_model, write_vision_tower
 from lavintk_hf import HfOptions, make_hf, make_peft
-from tests.tiny import EXTRA, write_language_model, write_vision_tower
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's
 TOLERANCE: dict[str, Any] = {"rtol": 0.0, "atol": 1e-4}

@@ -31,12 +31,11 @@ from lavintk.recipe import make_recipe
 from lavintk.registry import Choice
 from lavintk.run import Run
 from lavintk.runtime import load
+from lavintk.testing import Outcome, tiny
+from lavintk.testing.tiny import write_language_model, write_vision_tower
 from lavintk_lora.adapter import LoraAdapter
 from lavintk_onnx.folder import PLACEHOLDER
 from lavintk_onnx.graph import DataFile
-from tests import tiny
-from tests.conftest import Outcome
-from tests.tiny import write_language_model, write_vision_tower
 
 RunCli = Callable[..., Outcome]
 Array = NDArray[Any]

@@ -22,12 +22,12 @@ from lavintk.models.sources import open_source
 from lavintk.plugins import installed_plugins
 from lavintk.recipe import ModelSection
 from lavintk.registry import Choice
+from lavintk.testing.tiny import write_vision_tower
 from lavintk_mma import MixtureOptions
 from lavintk_onnx import vision
 from lavintk_onnx.traced import trace
 from lavintk_onnx.vision import VisionGrid, write_vision
 from tests.test_mma import make_model
-from tests.tiny import write_vision_tower
 
 PIXELS = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
 FOLDED = ("none", "lora:targets=vision.*.fc1+vision.*.q_proj+q_proj", "mma", "mma:placement=block")

@@ -22,7 +22,7 @@ from lavintk.errors import CheckpointError, ModelError
 from lavintk.models.gguf_source import read_header
 from lavintk.models.sources import open_source
 from lavintk.models.tokenizer import check_vocabulary, load_tokenizer
-from tests.tiny import CHAT_TEMPLATE, write_language_model
+from lavintk.testing.tiny import CHAT_TEMPLATE, write_language_model
 
 REAL_FILE = os.environ.get("LAVINTK_TEST_GGUF", "")
 needs_real_file = pytest.mark.skipif(

@@ -19,9 +19,9 @@ from lavintk.models.sources import open_source
 from lavintk.plugins import installed_plugins
 from lavintk.recipe import make_recipe
 from lavintk.run import Run
+from lavintk.testing.runs import multimodal, recipe
+from lavintk.testing.tiny import write_language_model
 from lavintk.training import Trainer
-from tests.runs import multimodal, recipe
-from tests.tiny import write_language_model
 
 pytestmark = pytest.mark.gpu
 

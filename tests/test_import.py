@@ -16,11 +16,12 @@ from lavintk.models.delta_source import with_delta
 from lavintk.models.meta_source import to_halves
 from lavintk.models.sources import open_source
 from lavintk.run import Run
+from lavintk.testing import Outcome
 from lavintk.testing.golden import make_batch
 from lavintk.testing.golden_file import Golden, read_golden
+from lavintk.testing.runs import multimodal
 from lavintk_mma.importing import import_checkpoint, read_checkpoint, read_geometry
 from tests import lavin_reference as reference
-from tests.conftest import Outcome
 from tests.original import (
     Evil,
     adapter_weights,
@@ -30,7 +31,6 @@ from tests.original import (
     write_meta,
     write_torchscript,
 )
-from tests.runs import multimodal
 
 RunCli = Callable[..., Outcome]
 SHARED = Path(__file__).parent / "data" / "lavin_tiny.safetensors"

@@ -26,10 +26,10 @@ from lavintk.dense import DenseQuantizer
 from lavintk.errors import ModelError, OptionsError
 from lavintk.layers import FrozenLinear
 from lavintk.registry import Choice, Registry
+from lavintk.testing.runs import multimodal, recipe, write_everything
 from lavintk.threads import each
 from lavintk_int4.quantizer import Int4Linear, Int4Quantizer
 from lavintk_int4.search import Search, quantize_blocks
-from tests.runs import multimodal, recipe, write_everything
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 SEARCHES: tuple[Search, ...] = ("balanced", "mse", "hqq", "none")

@@ -14,7 +14,7 @@ from lavintk.models.attention import KeyValueCache
 from lavintk.models.language import LANGUAGE_TYPES, load_language_model
 from lavintk.models.multimodal import MultimodalModel
 from lavintk.models.sources import open_source
-from tests.tiny import VOCABULARY, write_language_model
+from lavintk.testing.tiny import VOCABULARY, write_language_model
 
 LENGTHS = (9, 4, 13)
 

@@ -11,7 +11,7 @@ from lavintk.data.merge import as_prompt, merge
 from lavintk.errors import DataError, LavintkError
 from lavintk.registry import Choice
 from lavintk.run import load_records
-from tests.conftest import Outcome
+from lavintk.testing import Outcome
 
 RunCli = Callable[..., Outcome]
 ALPACA = [

@@ -11,8 +11,8 @@ from lavintk.errors import DataError
 from lavintk.registry import Choice
 from lavintk.run import load_records
 from lavintk.scoring import score_predictions
+from lavintk.testing import Outcome
 from lavintk_mme.subtasks import COGNITION, PERCEPTION, SUBTASKS, verdict
-from tests.conftest import Outcome
 
 RunCli = Callable[..., Outcome]
 MME = Choice("mme")
@@ -198,8 +198,8 @@ def test_answers_to_the_folders_questions_are_scored_without_its_images(tmp_path
 
 def test_a_run_answers_and_scores_the_folder(tmp_path: Path, tiny_folder: Path, run_cli: RunCli) -> None:
     from lavintk.recipe import make_recipe
+    from lavintk.testing.runs import multimodal
     from lavintk.training import train
-    from tests.runs import multimodal
 
     recipe: dict[str, Any] = multimodal(tiny_folder, max_steps=1)
     train(make_recipe(recipe), tmp_path / "run")

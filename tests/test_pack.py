@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lavintk.data.pack import Pack, PackShape, pack_rows, repack
 from lavintk.models.language import LANGUAGE_TYPES
+from lavintk.testing.tiny import VOCABULARY, write_language_model
 from tests.test_language import load, rows_batch
-from tests.tiny import VOCABULARY, write_language_model
 
 
 def rows_of(*lengths: int) -> list[Tensor]:

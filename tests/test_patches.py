@@ -13,8 +13,8 @@ from lavintk.models.language import load_vision_model
 from lavintk.models.sources import open_source
 from lavintk.models.vision import PatchTower
 from lavintk.recipe import ModelSection
-from tests import runs
-from tests.tiny import write_vision_tower
+from lavintk.testing import runs
+from lavintk.testing.tiny import write_vision_tower
 
 PIXELS = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
 

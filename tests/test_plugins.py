@@ -11,7 +11,7 @@ from lavintk import builtin, hookimpl, hookspecs
 from lavintk.contracts import RunInfo
 from lavintk.errors import LavintkError, PluginError
 from lavintk.plugins import CORE, Plugins, disabled_names, load_plugins
-from tests.conftest import Outcome
+from lavintk.testing import Outcome
 
 HELLO = """
 from dataclasses import dataclass, field

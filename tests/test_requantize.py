@@ -32,8 +32,8 @@ from lavintk.requantize import (
     take_over,
 )
 from lavintk.run import Run, load_records
+from lavintk.testing.runs import multimodal, recipe, write_everything
 from lavintk_int4.quantizer import Int4Linear, Int4Quantizer
-from tests.runs import multimodal, recipe, write_everything
 
 RECORDS = [
     Record(

@@ -32,10 +32,10 @@ from lavintk.runtime.decoder import padded
 from lavintk.runtime.sampling import make_sampler
 from lavintk.runtime.tokenizer import ExportedTokenizer
 from lavintk.sampling import Sampling
-from tests.conftest import Outcome
-from tests.runs import multimodal, recipe
+from lavintk.testing import Outcome
+from lavintk.testing.runs import multimodal, recipe
+from lavintk.testing.tiny import CHAT_TEMPLATE, write_tokenizer
 from tests.test_chat import kept_by_formula
-from tests.tiny import CHAT_TEMPLATE, write_tokenizer
 from tests.tiny_export import Graph, copy_of, see_through_the_matrix, value, write_export
 
 RunCli = Callable[..., Outcome]

@@ -15,10 +15,10 @@ from lavintk.errors import DataError, OptionsError, RunError
 from lavintk.registry import Choice
 from lavintk.run import load_records
 from lavintk.scoring import evaluation_for, read_answers, score_predictions
+from lavintk.testing import Outcome
 from lavintk_scienceqa.categories import Share
 from lavintk_scienceqa.evaluation import ScienceQa
 from lavintk_scienceqa.options import ScienceQaScoring
-from tests.conftest import Outcome
 
 RunCli = Callable[..., Outcome]
 SUBJECTS = {"n": "natural science", "s": "social science", "l": "language science"}

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPConfig, CLIPMo
 from lavintk.errors import CheckpointError, ModelError, UnknownNameError
 from lavintk.models.sources import check_names, open_source
 from lavintk.models.tokenizer import check_vocabulary, load_tokenizer
-from tests.tiny import VOCABULARY, write_language_model, write_tokenizer, write_vision_tower
+from lavintk.testing.tiny import VOCABULARY, write_language_model, write_tokenizer, write_vision_tower
 
 INDEX = "model.safetensors.index.json"
 

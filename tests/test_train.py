@@ -16,8 +16,8 @@ from lavintk.errors import RunError, TrainingError
 from lavintk.hookspecs import hookimpl
 from lavintk.plugins import installed_plugins
 from lavintk.run import Run
+from lavintk.testing.runs import multimodal, recipe
 from lavintk.training import Trainer
-from tests.runs import multimodal, recipe
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:

@@ -20,9 +20,9 @@ from lavintk.models.build import build
 from lavintk.plugins import installed_plugins
 from lavintk.recipe import make_recipe
 from lavintk.run import Run
+from lavintk.testing import Outcome
+from lavintk.testing.runs import multimodal, recipe
 from lavintk.verify import Bounds, Verification, continuations, divergences, record, verify
-from tests.conftest import Outcome
-from tests.runs import multimodal, recipe
 from tests.tiny_export import copy_of, see_through_the_matrix, write_export
 
 RunCli = Callable[..., Outcome]

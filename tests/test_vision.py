@@ -10,7 +10,7 @@ from lavintk.errors import ModelError
 from lavintk.models.language import load_vision_model
 from lavintk.models.sources import open_source
 from lavintk.models.vision import VisionTower
-from tests.tiny import write_language_model, write_vision_tower
+from lavintk.testing.tiny import write_language_model, write_vision_tower
 
 PIXELS = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lavintk.contracts import Exporter
     from lavintk.registry import Registry
 
+lavintk_api = 1
+
 
 @dataclass(frozen=True)
 class GgufOptions:

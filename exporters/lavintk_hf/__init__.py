@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from lavintk.contracts import Exporter
     from lavintk.registry import NoOptions, Registry
 
+lavintk_api = 1
+
 
 @dataclass(frozen=True)
 class HfOptions:

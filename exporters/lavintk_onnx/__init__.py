@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from lavintk.contracts import Exporter
     from lavintk.registry import Registry
 
+lavintk_api = 1
+
 
 def make_onnx(options: OnnxOptions) -> Exporter:
     """Return the exporter.

@@ -76,6 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         click.echo(f"{click.style('Error:', fg='red', bold=True)} {error} (--debug shows where)", err=True)
         return 1
+    except Exception as error:  # a mistake in the code, which a plugin may have made
+        if note := installed_plugins().blame(error):
+            error.add_note(note)
+        raise
     return result if isinstance(result, int) else 0
 
 

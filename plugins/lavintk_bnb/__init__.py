@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lavintk.contracts import Optimizer, Quantizer
     from lavintk.registry import Registry
 
+lavintk_api = 1
+
 
 def make_four_bit(options: FourBitOptions, scheme: Literal["nf4", "fp4"]) -> Quantizer:
     """Return the quantizer to 4-bit codes ``scheme``."""

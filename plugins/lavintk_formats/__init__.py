@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lavintk.contracts import DatasetFormat
     from lavintk.registry import Registry
 
+lavintk_api = 1
+
 
 @hookimpl
 def lavintk_register_datasets(registry: Registry[DatasetFormat]) -> None:

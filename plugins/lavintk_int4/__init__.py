@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from lavintk.contracts import Quantizer
     from lavintk.registry import Registry
 
+lavintk_api = 1
+
 
 @dataclass(frozen=True)
 class Int4Options:

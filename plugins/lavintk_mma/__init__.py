@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lavintk.contracts import Adapter
     from lavintk.registry import Registry
 
+lavintk_api = 1
+
 
 @dataclass(frozen=True)
 class MixtureOptions:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lavintk.contracts import DatasetFormat, Evaluation
     from lavintk.registry import NoOptions, Registry
 
+lavintk_api = 1
+
 
 def make_mme(options: NoOptions) -> Evaluation:
     """Return the evaluation, which has no options."""

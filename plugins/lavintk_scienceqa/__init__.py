@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lavintk.contracts import Evaluation
     from lavintk.registry import Registry
 
+lavintk_api = 1
+
 
 @hookimpl
 def lavintk_register_evaluations(registry: Registry[Evaluation]) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from lavintk.contracts import RunInfo, StepInfo
 
+lavintk_api = 1
+
 FLUSH_SECONDS = 10
 """How far a running TensorBoard lags behind training at most."""
 

@@ -15,6 +15,8 @@ from lavintk import hookimpl
 if TYPE_CHECKING:
     from lavintk.contracts import RunInfo, StepInfo
 
+lavintk_api = 1
+
 DEFAULT_PROJECT = "lavintk"
 
 _runs: dict[Path, Any] = {}
