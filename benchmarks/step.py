@@ -520,7 +520,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=4, help="steps before them, after the first")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument("--timeout", type=float, default=240, help="seconds for each contender")
+    parser.add_argument("--timeout", type=float, default=180, help="seconds for each contender")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     parser.add_argument("--from", type=Path, dest="source", metavar="FILE.json", help="show what --json wrote before")

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lavintk.registry import Option
 
 DOCS = Path(__file__).parent
-PAGES = ("cli.md", "recipe.md", "data.md", "evaluation.md", "models.md", "plugins.md")
+PAGES = ("cli.md", "recipe.md", "data.md", "evaluation.md", "models.md", "plugins/hooks.md")
 """The pages with generated parts."""
 WIDTH = 98
 """Columns of the terminal for which help is written."""
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
         stale = True
         if not checking:
             page.write_text(fresh, encoding="utf-8")
-        print(f"docs/{page.name} {'is out of date: run python docs/generate.py' if checking else 'written'}")
+        print(f"docs/{page.relative_to(DOCS)} {'is out of date: run python docs/generate.py' if checking else 'written'}")
     return int(checking and stale)
 
 
@@ -184,10 +184,13 @@ def model_types(which: str) -> str:
     return ", ".join(f"`{name}`" for name in types[which])
 
 
-def hooks() -> str:
-    """Return each hook: its signature as heading, when it is called, and its arguments."""
-    names = [name for name in vars(hookspecs) if name.startswith("lavintk_")]
-    return "\n\n".join(_hook(getattr(hookspecs, name)) for name in names)
+def hook(name: str) -> str:
+    """Return a hook: its signature as heading, when it is called, and its arguments."""
+    spec = getattr(hookspecs, name)
+    said, *arguments = re.split(r"^:param (\w+): ", inspect.getdoc(spec) or "", flags=re.MULTILINE)
+    listed = [f"- `{name}`: {' '.join(text.split())}" for name, text in zip(arguments[::2], arguments[1::2])]
+    declared = ", ".join(f"{p.name}: {p.annotation}" for p in inspect.signature(spec).parameters.values())
+    return _markdown("\n\n".join([f"### {spec.__name__}({declared})", said.strip(), "\n".join(listed)]))
 
 
 PARTS: dict[str, Callable[..., str]] = {
@@ -200,7 +203,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "records": format_records,
     "catalog": catalog,
     "model-types": model_types,
-    "hooks": hooks,
+    "hook": hook,
 }
 
 
@@ -273,13 +276,6 @@ def _record(record: Record) -> str:
         place = f"{len(image)} bytes" if isinstance(image, bytes) else image.name if image.is_absolute() else str(image)
         lines.append(f"  image: {place}")
     return "\n".join(lines)
-
-
-def _hook(spec: Any) -> str:
-    said, *arguments = re.split(r"^:param (\w+): ", inspect.getdoc(spec) or "", flags=re.MULTILINE)
-    listed = [f"- `{name}`: {' '.join(text.split())}" for name, text in zip(arguments[::2], arguments[1::2])]
-    declared = ", ".join(f"{p.name}: {p.annotation}" for p in inspect.signature(spec).parameters.values())
-    return _markdown("\n\n".join([f"### {spec.__name__}({declared})", said.strip(), "\n".join(listed)]))
 
 
 def _markdown(text: str) -> str:

@@ -40,7 +40,7 @@ class Answerer(RecordAnswerer):
     def _totals(self, rows: Sequence[TokenizedRecord]) -> list[float]:
         """Return the log-likelihood of each row's labels; only labelled tokens reach the output head."""
         model = self.assembly.model
-        batch = collate(rows, self.assembly.images).to(model.device)
+        batch = collate(rows, self.assembly.images, self.assembly.find_features).to(model.device)
         was_training = model.training
         model.eval()
         try:
@@ -63,7 +63,7 @@ class Answerer(RecordAnswerer):
         try:
             yield from generate_tokens(
                 model,
-                collate(rows, self.assembly.images).to(model.device),
+                collate(rows, self.assembly.images, self.assembly.find_features).to(model.device),
                 max_new_tokens=max_new_tokens,
                 stop=frozenset(self.assembly.template.stop_ids),
                 sampling=sampling,

@@ -16,16 +16,28 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, entry_points, requires, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal
 
+from lavintk import plugin_api
 from lavintk.cache import cache_folder
 from lavintk.errors import PluginError, did_you_mean
-from lavintk.plugins import GROUP, disabled_names, installed_names, load_plugins
+from lavintk.plugins import (
+    BUILTIN_ONLY,
+    CORE,
+    PluginRecord,
+    disabled_names,
+    found_points,
+    installed_names,
+    load_plugins,
+    only_builtin,
+)
 
 SLOW_SECONDS = 0.5
 """A plugin that takes longer to import delays every command."""
+HEAVY = ("bitsandbytes", "numpy", "onnxruntime", "pandas", "PIL", "pydantic", "torch", "transformers")
+"""Packages that a plugin should not import before something it offers is used."""
 LOAD_TIMEOUT = 60
 """Seconds that importing all plugins may take."""
 LITTLE_DISK = 5 * 2**30
@@ -240,21 +252,31 @@ def check_plugins() -> Iterator[Finding]:
     """Import each plugin in a process of its own and time it, then let all of them register together."""
     disabled = disabled_names()
     yield from _about_disabled(disabled)
-    used = {name: outcome for name, outcome in _load_times().items() if name not in disabled}
-    for name, (seconds, error) in used.items():
-        if error or seconds > SLOW_SECONDS:
-            yield _plugin_trouble(name, seconds, error)
-    broken = frozenset(name for name, (_, error) in used.items() if error)
     try:
-        records = load_plugins(disabled | broken).records()
+        builtin_only = only_builtin()
     except PluginError as error:
+        yield Finding("plugins", "fault", str(error), f"unset LAVINTK_PLUGINS, or set it to {BUILTIN_ONLY}")
+        return
+    used = _load_plugins_apart()
+    broken = frozenset(name for name, load in used.items() if load.error)
+    try:
+        plugins = load_plugins(disabled | broken, builtin_only=builtin_only)
+    except PluginError as error:
+        yield from _plugin_troubles(used, {})
         text, _, advice = str(error).partition("\n")
         yield Finding("plugins", "fault", text, advice or "uninstall or disable one of them (LAVINTK_DISABLE)")
         return
+    troubles = list(_plugin_troubles(used, plugins.left_out))
+    yield from troubles
+    records = plugins.records()
+    named = {finding.facts["name"] for finding in troubles}
+    yield from filter(None, (_about_version(record) for record in records if record.name not in named))
     offered = sum(len(names) for record in records for names in record.offers.values())
-    times = {name: seconds for name, (seconds, error) in used.items() if not error}
+    times = {name: load.seconds for name, load in used.items() if not load.error}
     shown = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in times.items()) or "nothing"
     text = f"{offered} names on offer; loaded beside the core: {shown}"
+    if builtin_only:
+        text += "; others are left out by LAVINTK_PLUGINS=builtin"
     yield Finding("plugins", "ok", text, facts={"offered": offered, "seconds": times})
 
 
@@ -272,29 +294,48 @@ CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
 """Area to the check that looks at it, in the order of the report."""
 
 
-def print_load_times() -> None:
-    """Import every installed plugin and print seconds and fault of each as JSON; for a process of its own."""
-    times: dict[str, tuple[float, str]] = {}
-    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
-        started = time.perf_counter()
+@dataclass(frozen=True)
+class PluginLoad:
+    """How importing one plugin went.
+
+    :param seconds: how long it took.
+    :param error: what kept it from being imported; empty if nothing.
+    :param left_out: why it is left out, where it wants another version of the interface and cannot be imported.
+    :param heavy: packages of :data:`HEAVY` that it was the first to import.
+    """
+
+    seconds: float
+    error: str
+    left_out: str
+    heavy: tuple[str, ...]
+
+
+def print_loads() -> None:
+    """Import every plugin that is not left out and print how each went as JSON; for a process of its own."""
+    loads: dict[str, tuple[float, str, str, list[str]]] = {}
+    for name, (point, *_) in found_points(disabled_names(), builtin_only=only_builtin()).items():
+        before = {package for package in HEAVY if package in sys.modules}
+        error, left_out, started = "", "", time.perf_counter()
         try:
             point.load()
-            error = ""
         except BaseException as failure:  # also a plugin that calls sys.exit
             error = f"{type(failure).__name__}: {failure}"
-        times[point.name] = (round(time.perf_counter() - started, 4), error)
-    print(f"\n{json.dumps(times)}")
+            left_out = plugin_api.why_left_out(point, plugin_api.declared_in_source(point.module))
+        seconds = round(time.perf_counter() - started, 4)
+        heavy = [package for package in HEAVY if package in sys.modules and package not in before]
+        loads[name] = seconds, error, left_out, heavy
+    print(f"\n{json.dumps(loads)}")
 
 
-def _load_times() -> dict[str, tuple[float, str]]:
-    """Return seconds and error (empty if none) of each plugin, imported by a fresh interpreter."""
+def _load_plugins_apart() -> dict[str, PluginLoad]:
+    """Return how importing each plugin goes in a fresh interpreter, in which nothing is imported yet."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", "from lavintk.doctor import print_load_times as run; run()"]
+    command = [sys.executable, "-c", "from lavintk.doctor import print_loads as run; run()"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LOAD_TIMEOUT)
     if done.returncode:
         raise RuntimeError(f"importing the plugins ended Python: {done.stderr.strip()[-300:]}")
-    times: dict[str, tuple[float, str]] = json.loads(done.stdout.splitlines()[-1])
-    return times
+    loads = json.loads(done.stdout.splitlines()[-1])
+    return {name: PluginLoad(*values[:3], tuple(values[3])) for name, values in loads.items()}
 
 
 def _about_disabled(disabled: frozenset[str]) -> Iterator[Finding]:
@@ -308,13 +349,41 @@ def _about_disabled(disabled: frozenset[str]) -> Iterator[Finding]:
             yield Finding("plugins", "advice", text, "lavintk plugins list shows plugins and what they offer")
 
 
-def _plugin_trouble(name: str, seconds: float, error: str) -> Finding:
-    facts = {"name": name, "seconds": seconds, "error": error}
-    if error:
-        advice = f"install what is missing, or skip it with LAVINTK_DISABLE={name}"
-        return Finding("plugins", "fault", f"{name} failed to load: {error}", advice, facts)
-    advice = f"every command waits for it: heavy imports belong inside its factories (LAVINTK_DISABLE={name} skips it)"
-    return Finding("plugins", "advice", f"{name} takes {seconds:.1f} s to load", advice, facts)
+def _plugin_troubles(loads: Mapping[str, PluginLoad], left_out: Mapping[str, str]) -> Iterator[Finding]:
+    """Say which plugins cannot be used, and which ones hold every command up.
+
+    :param left_out: why plugins that can be imported are left out, by name.
+    """
+    for name, load in loads.items():
+        facts = {"name": name, "seconds": load.seconds, "error": load.error, "heavy": load.heavy}
+        if reason := left_out.get(name, load.left_out):
+            text, _, advice = reason.partition("\n")
+            yield Finding("plugins", "fault", text, advice, facts)
+        elif load.error:
+            advice = f"install what is missing, or skip it with LAVINTK_DISABLE={name}"
+            yield Finding("plugins", "fault", f"{name} failed to load: {load.error}", advice, facts)
+        elif load.seconds > SLOW_SECONDS or load.heavy:
+            what = f", and imports {', '.join(load.heavy)}" if load.heavy else ""
+            advice = (
+                "every command waits for it: heavy imports and other work belong inside its factories "
+                f"(LAVINTK_DISABLE={name} skips it)"
+            )
+            yield Finding("plugins", "advice", f"{name} takes {load.seconds:.1f} s to load{what}", advice, facts)
+
+
+def _about_version(record: PluginRecord) -> Finding | None:
+    """Say that a plugin should declare another version of the interface, or None where there is nothing to say."""
+    current = plugin_api.SUPPORTED[-1]
+    if record.name == CORE or record.api == current:
+        return None
+    if record.api is None:
+        text = (
+            f"{record.name} does not say which version of the plugin interface it wants; {plugin_api.ASSUMED} is taken"
+        )
+    else:
+        text = f"{record.name} wants version {record.api} of the plugin interface, which still works, but is going"
+    advice = f"its author should write lavintk_api = {current} into it, see docs/plugins"
+    return Finding("plugins", "advice", text, advice, {"name": record.name, "api": record.api})
 
 
 def _torch_without_cuda(text: str, facts: dict[str, Any]) -> Finding:

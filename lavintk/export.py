@@ -70,8 +70,8 @@ def export_model(
     from lavintk.plugins import installed_plugins
 
     exporter = installed_plugins().exporters.create(choice)
-    _check_free(out)
-    with _beside(out) as folder:
+    check_free(out)
+    with folder_beside(out) as folder:
         run = import_model(model, folder / "run", peft=peft, data=data)
         _export(run, exporter, out, verify, None)
 
@@ -88,12 +88,12 @@ def export_run(run: Run, choice: Choice, out: Path, *, verify: bool = True, data
     from lavintk.plugins import installed_plugins
 
     exporter = installed_plugins().exporters.create(choice)
-    _check_free(out)
+    check_free(out)
     _export(run, exporter, out, verify, data)
 
 
 def _export(run: Run, exporter: Exporter, out: Path, verify: bool, data: Choice | None) -> None:
-    with _beside(out) as partial:
+    with folder_beside(out) as partial:
         _check_room(run, exporter, out, partial)
         exporter.export(run, partial)
         _check_or_describe(run, partial, out, verify, data)
@@ -104,7 +104,7 @@ def _export(run: Run, exporter: Exporter, out: Path, verify: bool, data: Choice 
 
 
 @contextmanager
-def _beside(out: Path) -> Iterator[Path]:
+def folder_beside(out: Path) -> Iterator[Path]:
     """Yield a new folder beside ``out``; unless it was renamed, it is gone afterwards, with those made for it.
 
     :raises RunError: it cannot be made, or the system refused something in between.
@@ -128,7 +128,11 @@ def _beside(out: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def _check_free(out: Path) -> None:
+def check_free(out: Path) -> None:
+    """Refuse a folder to be made that is in use.
+
+    :raises RunError: it is a file, or a folder that holds something.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         found = "exists and is not empty" if out.is_dir() else "is a file"
         raise RunError(f"{out} {found}; choose another --out, or remove it")

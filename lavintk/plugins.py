@@ -1,7 +1,8 @@
 """Finds plugins by entry point, loads them, and fills the registries.
 
-``LAVINTK_DISABLE=a,b`` leaves plugins out, ``LAVINTK_PLUGINS=builtin`` all that do not come with lavintk, and
-``LAVINTK_TRACE=1`` prints each hook call. Built-in plugins of this repository are found in the same way as a stranger's.
+``LAVINTK_DISABLE=a,b`` leaves plugins out, ``LAVINTK_PLUGINS=builtin`` all that do not come with lavintk.
+``LAVINTK_TRACE=1`` prints each hook call. Built-in plugins of this repository are found in the same way as a
+stranger's.
 """
 
 from __future__ import annotations

@@ -89,6 +89,12 @@ class DataSection(Section):
         "model", description="mean and deviation of the pixels; model: the tower's own, imagenet: LaVIN's"
     )
     resize: Literal["squash", "crop"] = Field("squash", description="squash: LaVIN's; crop: CLIP's own")
+    cache_features: Literal["auto", True, False] = Field(
+        "auto", description="keep what the vision tower makes of images on disk; auto: if no adapter changes the tower"
+    )
+    workers: int | None = Field(
+        None, ge=0, description="threads that read images ahead; null: one for each core, from 2 to 8"
+    )
 
 
 class TrainSection(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -73,6 +73,15 @@ def loading_bar(console: Console, text: str) -> Iterator[object]:
             progress.update(task, completed=done, total=total)
 
         yield advance
+
+
+@contextmanager
+def counting_bar(console: Console, text: str, total: int) -> Iterator[Callable[[], None]]:
+    """Yield a function that moves a bar of ``total`` things on by one."""
+    columns = (TextColumn(text), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(text, total=total)
+        yield lambda: progress.advance(task)
 
 
 def scores_table(before: Mapping[str, float] | None, after: Mapping[str, float] | None, title: str) -> Table:

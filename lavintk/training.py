@@ -35,12 +35,13 @@ from lavintk.data.batch import Batch
 from lavintk.data.batches import BatchLoader, ImageCache, make_batches
 from lavintk.data.images import check_images
 from lavintk.data.pack import GRAIN, repack, round_up
-from lavintk.data.records import Record
+from lavintk.data.records import ImageSource, Record
 from lavintk.data.tokenize import TokenizedRecord, tokenize_all
 from lavintk.devices import describe, enough_memory, peak_memory, pick_device, pick_precision
 from lavintk.engine import EagerEngine, Engine, NotRecordableError, choose_engine
 from lavintk.errors import DataError, LavintkError, OutOfMemoryError, RunError, TrainingError
 from lavintk.evaluate import mean_loss
+from lavintk.features import keep_features
 from lavintk.models.build import Assembly, build
 from lavintk.models.multimodal import count_parameters
 from lavintk.plugins import Plugins, installed_plugins
@@ -96,6 +97,7 @@ def train(
             trainer.console.print(safe, markup=False, highlight=False, soft_wrap=True)
         raise
     trainer.close(status)
+    trainer.assembly.model.bring_vision_back()
     return run
 
 
@@ -150,6 +152,8 @@ class Trainer:
         self._choose_engine()
         if resume:
             self._resume()
+        data = self.recipe.data
+        keep_features(self.assembly, self._images(), data.cache_features, self.console, workers=data.workers)
         trainable = count_parameters(self.assembly.model.trainable())
         self.info = RunInfo(self.run.folder, self.recipe.name, self.recipe.dump(), self.total_steps, trainable)
         self.run.use(self.assembly)
@@ -266,6 +270,23 @@ class Trainer:
             return windows
         return [repack(self.rows, window, self._capacity) for window in windows]
 
+    def _loader(self, rows: list[TokenizedRecord], plan: list[list[int]]) -> BatchLoader:
+        find_features, workers = self.assembly.find_features, self.recipe.data.workers
+        return BatchLoader(rows, plan, self.read_image, find_features=find_features, workers=workers)
+
+    def _images(self) -> dict[ImageSource, str]:
+        """Return the images of the rows still to come and of validation and test, each with a record that has it."""
+        ahead: set[int] = set()
+        step = self.state.step
+        while step < self.total_steps and len(ahead) < len(self.rows):
+            epoch, offset = divmod(step, self.steps_per_epoch)
+            windows = self._plan(epoch)[offset:][: self.total_steps - step]
+            ahead.update(index for window in windows for batch in window for index in batch)
+            step += len(windows)
+        owners: list[Record | TokenizedRecord] = [self.rows[index] for index in sorted(ahead)]
+        owners += [*self.validation, *self.test]
+        return {source: owner.id for owner in owners for source in owner.images}
+
     def _check_resumable(self) -> None:
         if not checkpoints(self.run.folder):
             raise RunError(how_to_go_on(self.run.folder))
@@ -328,7 +349,7 @@ class Trainer:
         while self.state.step < self.total_steps:
             epoch, offset = divmod(self.state.step, self.steps_per_epoch)
             plan = self._plan(epoch)[offset:]
-            loader = iter(BatchLoader(self.rows, [batch for window in plan for batch in window], self.read_image))
+            loader = iter(self._loader(self.rows, [batch for window in plan for batch in window]))
             for window in plan:
                 yield [next(loader) for _ in window]
                 if self.state.step == self.total_steps:
@@ -399,7 +420,7 @@ class Trainer:
         size = settings.batch_size
         plan = make_batches(self.validation, batch_size=size, seed=0, epoch=0, shuffle=False)
         with enough_memory(self.device, "in the validation", lambda: f"Lower train.batch_size (now {size})."):
-            loss = mean_loss(self.assembly.model, BatchLoader(self.validation, plan, self.read_image))
+            loss = mean_loss(self.assembly.model, self._loader(self.validation, plan))
         better = loss < self.state.best_loss
         if better:
             self.state.best_loss, self.state.best_step, self.state.stale = loss, self.state.step, 0

@@ -27,7 +27,8 @@ from lavintk.testing.tiny import EXTRA, write_language_model, write_vision_tower
 from lavintk_hf import HfOptions, make_hf, make_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's
-TOLERANCE: dict[str, Any] = {"rtol": 0.0, "atol": 1e-4}
+TOLERANCE: dict[str, Any] = {"rtol": 0.0, "atol": 5e-4}
+"""These random models turn another order of summation (q, k and v in one product) into 3e-4 of logits up to 3."""
 MODALITIES = {"text": TEXT, "image": IMAGE}
 MMA = {"name": "mma", "dim": 4}
 

@@ -121,7 +121,7 @@ def test_running_out_of_memory_says_what_to_lower_and_loses_nothing(
 
     monkeypatch.setattr(MultimodalModel, "loss_sum", greedy)
     with pytest.raises(OutOfMemoryError, match=r"train\.batch_size \(now 2\)"):
-        lavintk.train(recipe(tiny_folder, device="cuda"), tmp_path / "run")
+        lavintk.train(recipe(tiny_folder, device="cuda", engine="eager"), tmp_path / "run")
     monkeypatch.setattr(MultimodalModel, "loss_sum", real)
     resumed = lavintk.train(Run.open(tmp_path / "run").recipe, tmp_path / "run", resume=True)
     assert (resumed.manifest["status"], resumed.manifest["steps"]) == ("finished", 4)

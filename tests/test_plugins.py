@@ -276,6 +276,7 @@ def test_plugins_list_as_json_holds_the_same(install_plugin: Install, run_cli: R
         "name": "hello",
         "version": "1.2.3",
         "distribution": "lavintk-hello",
+        "api": None,
         "hooks": ["lavintk_register_adapters"],
         "offers": {"adapters": ["hello"]},
     }

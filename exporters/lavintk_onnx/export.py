@@ -140,7 +140,8 @@ class OnnxExporter:
             return "int4", "the grid it was trained on, copied"
         if trained == "nf4":
             return "int8", "it was trained on nf4, which int8 keeps and which is slow on a CPU itself"
-        return "int8", f"the base was trained as {trained or scheme}"
+        foreign = "" if trained or scheme == "dense" else ", which ONNX Runtime has no kernels for: it is encoded anew"
+        return "int8", f"the base was trained as {trained or scheme}{foreign}"
 
     def _adapter_form(self, model: MultimodalModel, grid: Grid, updates: LayerUpdates) -> tuple[bool, str]:
         """Return whether to merge, and why: what leaves the weights nearer to the trained ones in the first layer."""

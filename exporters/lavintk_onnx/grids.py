@@ -139,10 +139,7 @@ def pieces_of(weight: EncodedWeight) -> list[slice]:
 def cut(weight: EncodedWeight, rows: slice) -> EncodedWeight:
     """Return rows of an encoded weight, one of :func:`pieces_of` it, without copying."""
     count = weight.shape[0]
-    arrays = {}
-    for name, array in weight.arrays.items():
-        per_row = len(array) // count
-        arrays[name] = array[rows.start * per_row : rows.stop * per_row]
+    arrays = {n: a[rows.start * len(a) // count : rows.stop * len(a) // count] for n, a in weight.arrays.items()}
     return replace(weight, shape=(rows.stop - rows.start, weight.shape[1]), arrays=arrays)
 
 

@@ -1,19 +1,21 @@
-"""``lavintk plugins``: what is installed, who offers it, and which options it takes."""
+"""``lavintk plugins``: what is installed, who offers it, which options it takes, and how to start one's own."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import click
 
 from lavintk.errors import UnknownNameError, did_you_mean
-from lavintk.plugins import disabled_names, installed_names, installed_plugins
+from lavintk.plugins import BUILTIN_ONLY, disabled_names, found_points, installed_names, installed_plugins, only_builtin
+from lavintk.scaffold import KINDS, new_plugin, placeholders
 
 
 @click.group()
 def plugins() -> None:
-    """List plugins and what they offer."""
+    """List plugins and what they offer, or start one."""
 
 
 @plugins.command("list")
@@ -36,8 +38,21 @@ def list_plugins(as_json: bool) -> None:
         table.add_row(record.name, label, "\n".join(offers) or ", ".join(record.hooks))
     console = Console()
     console.print(table)
-    for name in sorted(disabled_names()):
-        console.print(_about_disabled(name), markup=False, highlight=False)
+    for line in _about_left_out():
+        console.print(line, markup=False, highlight=False)
+
+
+def _about_left_out() -> list[str]:
+    """Return a line for each plugin that is installed and not loaded."""
+    disabled = disabled_names()
+    lines = [_about_disabled(name) for name in sorted(disabled)]
+    if only_builtin():
+        others = found_points(disabled).keys() - found_points(disabled, builtin_only=True).keys()
+        lines += [f"left out by LAVINTK_PLUGINS={BUILTIN_ONLY}: {name}" for name in sorted(others)]
+    lines += [
+        f"left out, wants another version of the plugin interface: {name}" for name in installed_plugins().left_out
+    ]
+    return lines
 
 
 def _about_disabled(name: str) -> str:
@@ -66,3 +81,19 @@ def show_entry(name: str) -> None:
         for option in options:
             default = "required" if option.required else f"default {option.default!r}"
             click.echo(f"    {option.name} ({option.type}, {default}){': ' + option.help if option.help else ''}")
+
+
+@plugins.command("new")
+@click.argument("kind", type=click.Choice(list(KINDS)))
+@click.argument("name")
+@click.option("--out", type=click.Path(path_type=Path), help="New folder.  [default: lavintk-NAME]")
+def new(kind: str, name: str, out: Path | None) -> None:
+    """Write a package that offers a KIND called NAME, to start from: it works, and has tests.
+
+    Names are of small letters and digits, parts joined by - or _.
+    """
+    words = placeholders(kind, name)
+    folder = out or Path(words["distribution"])
+    for path in new_plugin(kind, name, folder, installed_plugins()):
+        click.echo(path)
+    click.echo(f"\nNext:\n  pip install -e '{folder}[test]'\n  python -m pytest {folder}\n  {words['use']}")

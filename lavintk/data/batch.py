@@ -30,6 +30,7 @@ class Batch:
     :param pixel_values: ``[I, 3, height, width]`` fp32, normalised, or None without images.
     :param visual_slots: ``[I * V]`` int64: where in ``input_ids`` the V visual tokens of each image go, in order.
     :param record_ids: ids of the rows, for error messages.
+    :param features: ``[I, V, vision width]``: what the vision tower made of the images, in place of their pixels.
     """
 
     input_ids: Tensor
@@ -40,11 +41,17 @@ class Batch:
     pixel_values: Tensor | None
     visual_slots: Tensor
     record_ids: tuple[str, ...]
+    features: Tensor | None = None
 
     @property
     def tokens(self) -> int:
         """N, the tokens of all rows."""
         return self.input_ids.numel()
+
+    @property
+    def images(self) -> Tensor | None:
+        """Features where the batch carries them, else pixels, ``[I, ...]``; None without images."""
+        return self.pixel_values if self.features is None else self.features
 
     @property
     def labelled(self) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,10 @@ from lavintk.errors import DataError
 Rows = Sequence[TokenizedRecord]
 ReadImage = Callable[[ImageSource, str], Tensor]
 """Takes an image and the record's id; an :class:`~lavintk.data.images.ImageProcessor` is one."""
+FindFeatures = Callable[[ImageSource], Tensor | None]
+"""Takes an image and returns the tower's features ``[V, width]`` if they are known (:mod:`lavintk.data.features`)."""
+Asked = TypeVar("Asked")
+Made = TypeVar("Made")
 
 WINDOW = 64
 """Batches whose rows are sorted by length together: large for little waste, small to stay random."""
@@ -70,10 +76,11 @@ def _chunks(rows: Rows, order: Sequence[int], batch_size: int, max_tokens: int |
     return batches
 
 
-def collate(rows: Rows, read_image: ReadImage | None) -> Batch:
-    """Return the rows laid end to end, with the pixels of those that have images.
+def collate(rows: Rows, read_image: ReadImage | None, find_features: FindFeatures | None = None) -> Batch:
+    """Return the rows laid end to end, with the features of their images if those of all are known, else the pixels.
 
     :param read_image: None for models without a vision tower.
+    :param find_features: None where no features are kept.
     :raises DataError: an image cannot be read, or there is none to read it with.
     """
     ids: list[int] = []
@@ -83,15 +90,17 @@ def collate(rows: Rows, read_image: ReadImage | None) -> Batch:
         slots += (len(ids) + slot for slot in row.visual_slots)
         ids += row.input_ids
         labels += row.labels
+    features = None if find_features is None else _features(rows, find_features)
     return Batch(
         input_ids=torch.tensor(ids, dtype=torch.int64),
         labels=torch.tensor(labels, dtype=torch.int64),
         positions=torch.cat([torch.arange(len(row)) for row in rows]),
         lengths=tuple(len(row) for row in rows),
         conditions=torch.tensor([row.condition for row in rows], dtype=torch.int64),
-        pixel_values=_pixels(rows, read_image),
+        pixel_values=_pixels(rows, read_image) if features is None else None,
         visual_slots=torch.tensor(slots, dtype=torch.int64),
         record_ids=tuple(row.id for row in rows),
+        features=features,
     )
 
 
@@ -102,6 +111,15 @@ def _pixels(rows: Rows, read_image: ReadImage | None) -> Tensor | None:
     if read_image is None:
         raise DataError("the data", [f"record {id!r} has an image, but the model takes none" for _, id in sources])
     return torch.stack([read_image(source, id) for source, id in sources])
+
+
+def _features(rows: Rows, find_features: FindFeatures) -> Tensor | None:
+    found = []
+    for source in (source for row in rows for source in row.images):
+        if (features := find_features(source)) is None:
+            return None
+        found.append(features)
+    return torch.stack(found) if found else None
 
 
 class ImageCache:
@@ -135,8 +153,9 @@ class BatchLoader:
 
     :param plan: from :func:`make_batches`.
     :param start: batches to skip, to resume in the middle of an epoch.
+    :param find_features: as for :func:`collate`.
     :param prefetch: batches prepared ahead.
-    :param workers: threads; 0 prepares each batch when it is asked for.
+    :param workers: threads; 0 prepares each batch when it is asked for, None stands for :func:`default_workers`.
 
     The order never depends on the threads. A fault in a batch is raised when the batch is due.
     """
@@ -147,12 +166,14 @@ class BatchLoader:
         plan: Sequence[Sequence[int]],
         read_image: ReadImage | None = None,
         *,
+        find_features: FindFeatures | None = None,
         start: int = 0,
         prefetch: int = 4,
-        workers: int = 2,
+        workers: int | None = None,
     ) -> None:
-        self.rows, self.plan, self.read_image = rows, plan[start:], read_image
-        self.prefetch, self.workers = max(1, prefetch), workers
+        self.rows, self.plan, self.read_image, self.find_features = rows, plan[start:], read_image, find_features
+        self.workers = default_workers() if workers is None else workers
+        self.prefetch = max(1, prefetch)
 
     def __len__(self) -> int:
         """Return the number of batches, skipped ones left out."""
@@ -160,21 +181,40 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches in order."""
-        if not self.workers:
-            yield from map(self._batch, self.plan)
-            return
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="lavintk-batches")
-        pending: deque[Future[Batch]] = deque()
-        ahead = iter(self.plan)
-        try:
-            for indices in ahead:
-                pending.append(pool.submit(self._batch, indices))
-                if len(pending) > self.prefetch:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:  # also when the caller stops early
-            pool.shutdown(wait=False, cancel_futures=True)
+        yield from read_ahead(self._batch, self.plan, prefetch=self.prefetch, workers=self.workers)
 
     def _batch(self, indices: Sequence[int]) -> Batch:
-        return collate([self.rows[index] for index in indices], self.read_image)
+        return collate([self.rows[index] for index in indices], self.read_image, self.find_features)
+
+
+def default_workers() -> int:
+    """Return how many threads prepare batches: one for each core that the process may use, from 2 to 8.
+
+    Threads and no processes: Pillow decodes and resizes without holding Python's lock, and pixels need not be copied.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, max(2, cores))
+
+
+def read_ahead(
+    make: Callable[[Asked], Made], items: Iterable[Asked], *, prefetch: int = 4, workers: int = 2
+) -> Iterator[Made]:
+    """Yield ``make`` of each item, in order, some of them made ahead in threads. What ``make`` raises, when it is due.
+
+    :param prefetch: results made ahead, at least one for each thread.
+    :param workers: threads; 0 makes each result when it is asked for.
+    """
+    if not workers:
+        yield from map(make, items)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="lavintk-batches")
+    pending: deque[Future[Made]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(make, item))
+            if len(pending) > max(prefetch, workers):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:  # also when the caller stops early
+        pool.shutdown(wait=False, cancel_futures=True)

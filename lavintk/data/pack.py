@@ -32,7 +32,8 @@ class PackShape:
     """All that a graph is recorded for.
 
     :param tokens: N. :param segments: S, rows, side tokens and the filling. :param trained: K, labelled tokens.
-    :param images: I. :param visual_tokens: V, per image. :param image_shape: ``(3, height, width)``.
+    :param images: I. :param visual_tokens: V, per image.
+    :param image_shape: ``(3, height, width)`` of pixels, ``(V, vision width)`` of features.
     """
 
     tokens: int
@@ -52,14 +53,14 @@ class PackShape:
         step = max(GRAIN, round_up(ceil(capacity / FILL_STEPS), GRAIN))
         tokens = round_up(batch.tokens, step)
         trained = round_up(max(1, batch.labelled), max(GRAIN, ceil(tokens / FILL_STEPS)))
-        pixels = batch.pixel_values
+        images = batch.images
         return cls(
             tokens=tokens,
             segments=_power_of_two(len(batch.lengths) + side + 1),
             trained=min(tokens, trained),
-            images=0 if pixels is None else _few_sizes(pixels.shape[0]),
+            images=0 if images is None else _few_sizes(images.shape[0]),
             visual_tokens=visual_tokens,
-            image_shape=() if pixels is None else tuple(pixels.shape[1:]),
+            image_shape=() if images is None else tuple(images.shape[1:]),
         )
 
 
@@ -73,6 +74,7 @@ class Pack:
     :param trained: ``[K]`` int64, places of the labelled tokens.
     :param labels: ``[K]`` int64; :data:`IGNORED` fills up.
     :param visual_slots: ``[I * V]`` int64. :param pixel_values: ``[I, 3, height, width]`` or None.
+    :param features: ``[I, V, vision width]`` in place of pixels, or None.
     """
 
     input_ids: Tensor
@@ -83,6 +85,7 @@ class Pack:
     labels: Tensor
     visual_slots: Tensor
     pixel_values: Tensor | None
+    features: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -110,6 +113,7 @@ class Pack:
             labels=_filled(batch.labels[trained], spare_labels, IGNORED),
             visual_slots=_filled(slots, spare_slots, shape.tokens),
             pixel_values=_filled_images(batch.pixel_values, shape),
+            features=_filled_images(batch.features, shape),
         )
 
     def tensors(self) -> list[Tensor]:
@@ -169,7 +173,7 @@ def _filled(values: Tensor, count: int, value: int) -> Tensor:
     return torch.cat([values, values.new_full((count,), value)])
 
 
-def _filled_images(pixels: Tensor | None, shape: PackShape) -> Tensor | None:
-    if pixels is None:
+def _filled_images(images: Tensor | None, shape: PackShape) -> Tensor | None:
+    if images is None:
         return None
-    return torch.cat([pixels, pixels.new_zeros(shape.images - pixels.shape[0], *shape.image_shape)])
+    return torch.cat([images, images.new_zeros(shape.images - images.shape[0], *shape.image_shape)])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lavintk.data.batches import FindFeatures
 from lavintk.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageProcessor
 from lavintk.data.template import Template, make_template
 from lavintk.devices import enough_memory
@@ -38,6 +39,8 @@ class Assembly:
     """A model with all that turns records into its input.
 
     :param base: fingerprints of the frozen models by role.
+    :param find_features: returns the vision tower's features of images where they are kept; see
+        :mod:`lavintk.features`.
     """
 
     model: MultimodalModel
@@ -45,6 +48,7 @@ class Assembly:
     template: Template
     images: ImageProcessor | None
     base: dict[str, dict[str, str]]
+    find_features: FindFeatures | None = None
 
 
 def build(

@@ -87,8 +87,14 @@ def _attention(attention: Any, normed: Tensor, place: Place) -> Tensor:
         q, k = attention.q_norm(q), attention.k_norm(k)
     if getattr(attention, "use_rope", True):  # SmolLM3 leaves every fourth layer without positions
         q, k = rope(q, k, place.cos, place.sin)
-    # only Mistral asks its configuration, the others have settled it for each layer
-    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+    window = _window(attention)
     dropout = attention.attention_dropout if attention.training else 0.0
     attended = place.plan.attend(attention.layer_idx, q, k, v, scale=attention.scaling, window=window, dropout=dropout)
     return cast(Tensor, attention.o_proj(attended.flatten(1).unsqueeze(0)))
+
+
+def _window(attention: Any) -> int | None:
+    """Return how many tokens back are seen. Mistral asks its configuration; Llama has that entry and ignores it."""
+    if type(attention).__name__ == "MistralAttention":
+        return cast("int | None", getattr(attention.config, "sliding_window", None))
+    return cast("int | None", getattr(attention, "sliding_window", None))

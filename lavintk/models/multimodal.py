@@ -22,7 +22,7 @@ from lavintk.contracts import Adapter
 from lavintk.data.batch import IGNORED, TEXT, Batch
 from lavintk.data.pack import Pack
 from lavintk.errors import ModelError
-from lavintk.layers import FrozenLinear
+from lavintk.layers import FrozenLinear, has_hooks
 from lavintk.models import decoder_layer
 from lavintk.models.attention import AttentionPlan, KeyValueCache, PackPlan
 from lavintk.models.connector import PatchProjector, TapNeck
@@ -117,6 +117,7 @@ class MultimodalModel(nn.Module):
         self.recompute: Recompute = recompute
         """How a layer is run whose activations are not kept; an engine may put its own in place."""
         self._linears = {n: m for n, m in self.named_modules() if isinstance(m, FrozenLinear)}
+        self._tower = {} if vision is None else dict(vision.named_modules())
         connected = set() if connector is None else {id(p) for p in connector.parameters()}
         self._frozen = {n: p for n, p in self.named_parameters() if id(p) not in connected}
 
@@ -186,7 +187,7 @@ class MultimodalModel(nn.Module):
     def hidden_with_side(self, batch: Batch, cache: KeyValueCache | None = None) -> tuple[Tensor, Tensor]:
         """Return what :meth:`hidden` does, and the states ``[M, hidden]`` of the side tokens."""
         blank_first = self.manner.blank_first and int(batch.conditions[0]) == TEXT
-        embedded = self._embed(batch.input_ids, batch.pixel_values, batch.visual_slots, blank_first)
+        embedded = self._embed(batch, blank_first)
         states = self._run_rows(embedded, batch.positions, batch.lengths, batch.conditions, self._side_tokens(), cache)
         return states[: batch.tokens], states[batch.tokens :]
 
@@ -235,7 +236,7 @@ class MultimodalModel(nn.Module):
         :attr:`Manner.blank_first`.
         """
         # the token behind the last one takes the features of images that only fill up the pack
-        embedded = self._embed(pack.input_ids, pack.pixel_values, pack.visual_slots, False)[:-1]
+        embedded = self._embed(pack, False)[:-1]
         side = self._side_tokens()
         plan = PackPlan(pack.boundaries, pack.tokens)
         states = self._run_layers(embedded, pack.positions, pack.conditions, plan, side, None)
@@ -243,7 +244,10 @@ class MultimodalModel(nn.Module):
 
     def visual_embeddings(self, pixel_values: Tensor, *, blank_first: bool = False) -> Tensor:
         """Return the visual tokens ``[I, visual_tokens, hidden]`` of images ``[I, 3, height, width]``."""
-        features = self.visual_features(pixel_values, blank_first=blank_first)
+        return self.connected(self.visual_features(pixel_values, blank_first=blank_first))
+
+    def connected(self, features: Tensor) -> Tensor:
+        """Return the visual tokens ``[I, visual_tokens, hidden]`` of the tower's features."""
         assert self.connector is not None
         return cast(Tensor, self.connector(features.to(self.dtype)))
 
@@ -254,22 +258,54 @@ class MultimodalModel(nn.Module):
         """
         if self.vision is None:
             raise ModelError("the batch holds images, but the model was loaded without a vision tower")
+        if self.vision.device != self.device:  # set aside until now
+            self.vision.to(self.device)
         how = self._recomputed_block if self.checkpointing and torch.is_grad_enabled() else run_block
         if blank_first:
             pixel_values = torch.cat([torch.zeros_like(pixel_values[:1]), pixel_values])
         features = cast(Tensor, self.vision(pixel_values, how))
         return features[1:] if blank_first else features
 
+    def set_vision_aside(self) -> None:
+        """Keep the tower on the host until pixels come, to make room on the device."""
+        if self.vision is not None:
+            self.vision.to("cpu")
+
+    def bring_vision_back(self) -> None:
+        """Put a tower that was set aside beside the language model again."""
+        if self.vision is not None:
+            self.vision.to(self.device)
+
+    def changed_in_vision(self) -> list[str]:
+        """Return the names, within the tower, of what is not as it was loaded; without any, its features stay the same.
+
+        Those are modules that were put in, taken out, wrapped, parametrized or given hooks or a ``forward`` of their
+        own, and parameters that are trained.
+        """
+        if self.vision is None:
+            return []
+        now = dict(self.vision.named_modules())
+        changed = {name for name in {*now, *self._tower} if now.get(name) is not self._tower.get(name)}
+        changed |= {name for name, module in now.items() if has_hooks(module) or "forward" in vars(module)}
+        changed |= {name for name, module in now.items() if hasattr(module, "parametrizations")}
+        trained = {id(parameter) for parameter in self.trainable().values()}
+        parameters = self.vision.named_parameters()
+        changed |= {name for name, p in parameters if p.requires_grad or id(p) in trained}
+        return sorted(name or "the tower itself" for name in changed)
+
     def _side_tokens(self) -> Tensor | None:
         return self.adapter.side_tokens() if self.adapter else None
 
-    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None, visual_slots: Tensor, blank_first: bool) -> Tensor:
+    def _embed(self, rows: Batch | Pack, blank_first: bool) -> Tensor:
         """Return ``[N, hidden]``: the tokens' embeddings, and visual tokens in their slots."""
-        embedded = cast(Tensor, self.language.model.embed_tokens(input_ids))
-        if pixel_values is None:
+        embedded = cast(Tensor, self.language.model.embed_tokens(rows.input_ids))
+        if rows.features is not None:
+            visual = self.connected(rows.features)
+        elif rows.pixel_values is not None:
+            visual = self.visual_embeddings(rows.pixel_values, blank_first=blank_first)
+        else:
             return embedded
-        visual = self.visual_embeddings(pixel_values, blank_first=blank_first).flatten(0, 1)
-        return embedded.index_copy(0, visual_slots, visual.to(embedded.dtype))
+        return embedded.index_copy(0, rows.visual_slots, visual.flatten(0, 1).to(embedded.dtype))
 
     def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Return the sum over labelled tokens ``[K, hidden]``, a chunk of logits at a time."""

@@ -38,6 +38,12 @@ class VisionTower(nn.Module):
         return blocks
 
     @property
+    def device(self) -> torch.device:
+        """Where the tower lies."""
+        device: torch.device = self.model.embeddings.patch_embedding.weight.device
+        return device
+
+    @property
     def width(self) -> int:
         """Features per token."""
         return int(self.model.config.hidden_size)

@@ -39,7 +39,7 @@ def check_quantizer(make: Callable[[], Quantizer], *, max_error: float = 0.2) ->
     Asked on a CPU, unless ``requires_cuda``, and on CUDA where there is a device: error of the round trip, product and
     gradient to the input against a dense reference, no gradient to the base, compute types and moves, bits of the
     ``state_dict`` through :meth:`~lavintk.contracts.Quantizer.empty`, deep copies, what ``packed()`` says of the
-    storage, faulty weights refused, and on CUDA that ``graph_safe`` is honest.
+    storage, odd shapes right or refused, and on CUDA that ``graph_safe`` is honest.
 
     :param make: returns a new quantizer.
     :param max_error: largest root mean square error of the weights, relative to that of the weights themselves, for
@@ -106,7 +106,7 @@ def check_exporter(
     :param vision: whether that run has a vision tower.
     :param logits: loads a folder and returns the logits ``[T, vocabulary]`` of one row of T tokens, text only, as
         anything that numpy takes.
-    :param tolerance: largest difference of logits, relative to the largest of the run's.
+    :param tolerance: largest error of the logits, relative to their size (both as norms).
     :raises AssertionError: a promise is broken.
     """
     from lavintk.testing import exporters
@@ -116,7 +116,7 @@ def check_exporter(
 
 def check_dataset(
     make: Callable[[Path], DatasetFormat],
-    path: Path,
+    path: Path | None,
     *,
     split: str = "train",
     bad: Path | None = None,
@@ -130,7 +130,7 @@ def check_dataset(
 
     :param make: returns a format that reads the file (or folder) it is given.
     :param path: good data with answers; at least three records, of JSON lines or a JSON list if ``bad`` is not given.
-        It is not changed: bad rows are put into a copy.
+        It is not changed: bad rows are put into a copy. None for a format that reads no file.
     :param split: the split to read.
     :param bad: data with faults, for other kinds of files.
     :param faults: what the error on ``bad`` must say, one text for each fault.

@@ -50,13 +50,12 @@ class _Factors:
     @classmethod
     def of(cls, layers: Sequence[LoraLinear], dtype: torch.dtype) -> _Factors:
         downs, ups = ([matrix.detach() for matrix in side] for side in zip(*((x.down, x.up) for x in layers)))
-        if all(matrix.dtype == dtype for matrix in (*downs, *ups)):
-            return cls(downs[0] if len(downs) == 1 else torch.cat(downs), ups)
-        down = downs[0].new_empty(sum(map(len, downs)), downs[0].shape[1], dtype=dtype)
-        narrow = [torch.empty_like(up, dtype=dtype) for up in ups]
-        # one kernel casts all of them
-        torch._foreach_copy_([*down.split([len(matrix) for matrix in downs]), *narrow], [*downs, *ups])
-        return cls(down, narrow)
+        matrices = (*downs, *ups)
+        # two kernels that use the whole device, however many matrices there are
+        flat = torch.cat([matrix.flatten() for matrix in matrices]).to(dtype)
+        pieces = flat.split([matrix.numel() for matrix in matrices])
+        narrow = [piece.view(up.shape) for piece, up in zip(pieces[len(downs) :], ups)]
+        return cls(flat[: sum(map(Tensor.numel, downs))].view(-1, downs[0].shape[1]), narrow)
 
 
 class _Inner(torch.autograd.Function):
