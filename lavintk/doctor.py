@@ -377,9 +377,7 @@ def _about_version(record: PluginRecord) -> Finding | None:
     if record.name == CORE or record.api == current:
         return None
     if record.api is None:
-        text = (
-            f"{record.name} does not say which version of the plugin interface it wants; {plugin_api.ASSUMED} is taken"
-        )
+        text = f"{record.name} names no version of the plugin interface; {plugin_api.ASSUMED} is taken"
     else:
         text = f"{record.name} wants version {record.api} of the plugin interface, which still works, but is going"
     advice = f"its author should write lavintk_api = {current} into it, see docs/plugins"

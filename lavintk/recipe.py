@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 
 from lavintk.errors import LavintkError, OptionsError, RecipeError, did_you_mean
 from lavintk.plugins import Plugins
@@ -41,6 +41,12 @@ _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 """Numbers that YAML 1.1 takes for text, such as ``1e-3``."""
 
 PluginChoice = Annotated[Choice, BeforeValidator(_to_choice), PlainSerializer(_from_choice)]
+
+
+def _to_checkpointing(value: Any) -> Any:
+    if value == "auto" or isinstance(value, bool) or (isinstance(value, int) and value >= 1):
+        return value
+    raise ValueError("must be auto, true, false or a number of layers from 1 on")
 
 
 class Section(BaseModel):
@@ -117,8 +123,10 @@ class TrainSection(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="compute type; auto: bf16 on CUDA devices that have it, fp16 on others, fp32 on a CPU"
     )
-    checkpointing: Literal["auto", True, False] = Field(
-        "auto", description="recompute layers in the backward pass; auto: on CUDA yes, on a CPU no"
+    checkpointing: Annotated[Literal["auto"] | bool | int, PlainValidator(_to_checkpointing)] = Field(
+        "auto",
+        description="recompute layers in the backward pass; a number: only so many of them, which is faster where "
+        "memory allows; auto: on CUDA yes, on a CPU no",
     )
     engine: Literal["auto", "eager", "graph"] = Field(
         "auto", description="graph: replay each micro-batch as a CUDA graph; auto: graph where that works, else eager"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lavintk.plugins import installed_plugins
-from lavintk.testing import Outcome, fixtures
+from lavintk.testing import Outcome, fixtures  # noqa: F401  (Outcome: for tests that still import it from here)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -111,3 +111,21 @@ def test_weights_are_rounded_once_to_the_type_of_training_and_then_to_that_of_co
     found = model.state_dict()
     for name, tensor in tensors.items():
         assert torch.equal(found[name], tensor.half().bfloat16()), name
+
+
+@pytest.mark.parametrize("checkpointing", [True, 1])
+def test_recomputed_layers_give_the_same_gradients(
+    folder: Path, rows: list[torch.Tensor], checkpointing: bool | int
+) -> None:
+    results = []
+    for setting in (False, checkpointing):
+        model = load(folder).train()
+        model.checkpointing = setting
+        runs, real = [], model.recompute
+        model.recompute = lambda run, layer, hidden: (runs.append(layer), real(run, layer, hidden))[1]  # noqa: B023
+        embedding = model.language.model.embed_tokens.weight.requires_grad_(True)
+        loss = model.loss_sum(rows_batch(rows))
+        loss.backward()
+        assert len(runs) == (len(model.layers) if setting is True else int(setting))
+        results.append((loss, embedding.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)

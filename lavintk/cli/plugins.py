@@ -49,10 +49,8 @@ def _about_left_out() -> list[str]:
     if only_builtin():
         others = found_points(disabled).keys() - found_points(disabled, builtin_only=True).keys()
         lines += [f"left out by LAVINTK_PLUGINS={BUILTIN_ONLY}: {name}" for name in sorted(others)]
-    lines += [
-        f"left out, wants another version of the plugin interface: {name}" for name in installed_plugins().left_out
-    ]
-    return lines
+    outdated = installed_plugins().left_out
+    return lines + [f"left out, as it wants another version of the plugin interface: {name}" for name in outdated]
 
 
 def _about_disabled(name: str) -> str:

@@ -137,7 +137,8 @@ def decode(
 
     try:
         with _open(source, max_pixels) as image:
-            return _rgb(ImageOps.exif_transpose(image), transparency)
+            ImageOps.exif_transpose(image, in_place=True)  # else it copies what is upright already
+            return _rgb(image, transparency)
     except Exception as error:  # Pillow's readers raise almost anything on a damaged file
         raise DataError("the image data", [_fault(source, record_id, error)], ADVICE) from error
 

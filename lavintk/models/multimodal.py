@@ -113,7 +113,9 @@ class MultimodalModel(nn.Module):
         self.adapter: Adapter | None = None
         self.manner = Manner()
         self.context = ContextHolder()
-        self.checkpointing = False
+        self.checkpointing: bool | int = False
+        """Whether layers are recomputed in the backward pass instead of keeping what they computed; a number: the
+        first so many decoder layers (and the tower's blocks)."""
         self.recompute: Recompute = recompute
         """How a layer is run whose activations are not kept; an engine may put its own in place."""
         self._linears = {n: m for n, m in self.named_modules() if isinstance(m, FrozenLinear)}
@@ -360,7 +362,9 @@ class MultimodalModel(nn.Module):
         states, positions = embedded.unsqueeze(0), positions.unsqueeze(0)
         rotary = self.language.model.rotary_emb(states, position_ids=positions)
         place = Place(plan, rotary[0][0], rotary[1][0])
-        recompute = self.checkpointing and torch.is_grad_enabled()
+        recomputed = len(self.layers) if self.checkpointing is True else int(self.checkpointing)
+        if not torch.is_grad_enabled():
+            recomputed = 0
 
         def run(layer: nn.Module, hidden: Tensor) -> Tensor:
             with self.context.set(context):
@@ -368,8 +372,8 @@ class MultimodalModel(nn.Module):
                     return decoder_layer.run_layer(layer, hidden, place)
                 return _first(layer(hidden, attention_mask=plan, position_embeddings=rotary, position_ids=positions))
 
-        for layer in self.layers:
-            states = self.recompute(run, layer, states) if recompute else run(layer, states)
+        for index, layer in enumerate(self.layers):
+            states = self.recompute(run, layer, states) if index < recomputed else run(layer, states)
         return cast(Tensor, self.language.model.norm(states[0]))
 
     def _recomputed_block(self, block: nn.Module, hidden: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def check_quantizer(make: Callable[[], Quantizer], *, max_error: float = 0.2) ->
     return quantizers.check(make, max_error)
 
 
-def check_optimizer(make: Callable[[], Optimizer], *, lr: float = 0.05) -> Report:
+def check_optimizer(make: Callable[[], Optimizer], *, lr: float = 0.05, language_lr: float | None = None) -> Report:
     """Check that an optimizer keeps what :class:`lavintk.contracts.Optimizer` promises.
 
     Asked on a CPU, and on CUDA where there is a device: it converges on a quadratic and on a tiny language model, goes
@@ -60,13 +60,13 @@ def check_optimizer(make: Callable[[], Optimizer], *, lr: float = 0.05) -> Repor
     steps on flat parameters if it is ``elementwise``.
 
     :param make: returns a new optimizer.
-    :param lr: peak learning rate for the quadratic, of which values of size 1 are to be found in 200 steps; the
-        language model gets a fifth of it.
+    :param lr: peak learning rate for the quadratic, of which values of size 1 are to be found in 200 steps.
+    :param language_lr: that for the language model, by default a fifth of it; plain gradient descent wants much more.
     :raises AssertionError: a promise is broken.
     """
     from lavintk.testing import optimizers
 
-    return optimizers.check(make, lr)
+    return optimizers.check(make, lr, lr / 5 if language_lr is None else language_lr)
 
 
 def check_adapter(make: Callable[[], Adapter], *, vision: bool = True) -> Report:
@@ -96,10 +96,11 @@ def check_exporter(
 ) -> Report:
     """Check that an exporter keeps what :class:`lavintk.contracts.Exporter` promises.
 
-    Asked: the folder is written, nothing outside of it, and the run is left as it was; the folder can be moved, as it is
-    when it takes its final name; ``bytes_needed``, where it is offered, is not more than what was written; and the
-    folder loads and computes what the run computes. The last is asked through ``logits``, or by itself for folders of
-    lavintk's own runtime and for model folders that transformers loads.
+    Asked: the folder is written, nothing outside of it, and the run is left as it was; the folder can be moved, as it
+    is when it takes its final name; ``bytes_needed``, where it is offered, is not more than what was written; a run
+    that cannot be exported gives a :class:`~lavintk.errors.LavintkError`; and the folder loads and computes what the
+    run computes. The last is asked through ``logits``, or by itself for folders of lavintk's own runtime and for model
+    folders that transformers loads.
 
     :param make: returns a new exporter.
     :param run: a finished run; by default a tiny one is trained for it, which takes a few seconds.

@@ -73,7 +73,9 @@ def _written(promises: Promises, make: Callable[[], Exporter], run: Run, place: 
         changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
         promise.require(not changed, f"in the run's own folder {', '.join(changed[:3])} changed")
     _sized(promises, make(), run, partial)
-    with promises.keep(EXPORT, "writes a folder that can be moved: it takes its final name when it is complete") as promise:
+    with promises.keep(
+        EXPORT, "writes a folder that can be moved: it takes its final name when it is complete"
+    ) as promise:
         for path in sorted(partial.rglob("*")):
             promise.require(not path.is_symlink(), f"{path.relative_to(partial)} is a link")
             if path.is_file() and path.stat().st_size <= SMALL:

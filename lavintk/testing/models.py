@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ def tiny_model(vision: bool) -> MultimodalModel:
     """
     folder = Path(_folder().name)
     device, dtype = torch.device("cpu"), torch.float32
-    language = load_language_model(open_source(str(folder / "llm")), DenseQuantizer(), device=device, dtype=dtype)
+    language: Any = load_language_model(open_source(str(folder / "llm")), DenseQuantizer(), device=device, dtype=dtype)
     if not vision:
         return MultimodalModel(language).eval()
     tower = VisionTower(load_vision_model(open_source(str(folder / "vit")), device=device, dtype=dtype), TAP_EVERY)

@@ -26,7 +26,7 @@ LEARNT = 0.5
 """The part of its first loss that the language model may have left."""
 
 
-def check(make: Callable[[], Optimizer], lr: float) -> Report:
+def check(make: Callable[[], Optimizer], lr: float, language_lr: float) -> Report:
     """See :func:`lavintk.testing.check_optimizer`."""
     optimizer = make()
     promises = Promises(class_name(optimizer))
@@ -44,7 +44,7 @@ def check(make: Callable[[], Optimizer], lr: float) -> Report:
         else:
             devices.insert(0, "cpu")
     for device in devices:
-        _Questions(promises, make, device, lr).ask()
+        _Questions(promises, make, device, lr).ask(language_lr)
     return promises.report()
 
 
@@ -68,11 +68,11 @@ class _Questions:
     def __init__(self, promises: Promises, make: Callable[[], Optimizer], device: str, lr: float) -> None:
         self.promises, self.make, self.device, self.lr = promises, make, device, lr
 
-    def ask(self) -> None:
+    def ask(self, language_lr: float) -> None:
         self._groups()
         self._zero_rate()
         self._quadratic()
-        self._language_model()
+        self._language_model(language_lr)
         self._resumes()
         self._memory()
         self._flat()
@@ -100,8 +100,8 @@ class _Questions:
                     found = f"a parameter {shape} with weight_decay 0 and no gradient moved by {abs(new - size):.2g}"
                     promise.require(torch.equal(parameter.detach(), old), found)
                 else:
-                    found = f"a parameter {shape} with weight_decay 0.5 and no gradient went from norm {size:.4g} to {new:.4g}"
-                    promise.require(new < size, found)
+                    found = f"a parameter {shape} with weight_decay 0.5 and no gradient went from norm {size:.4g} to"
+                    promise.require(new < size, f"{found} {new:.4g}")
 
     def _zero_rate(self) -> None:
         text = "takes the learning rate that the schedule sets in its groups"
@@ -135,8 +135,7 @@ class _Questions:
                     "allowed; does it want another lr?",
                 )
 
-    def _language_model(self) -> None:
-        rate = self.lr / 5
+    def _language_model(self, rate: float) -> None:
         text = f"trains a tiny language model: {TRAINED} steps from lr {rate:g} down to 0"
         with self.promises.keep("Optimizer.build", text) as promise:
             model, words = _language_model(self.device)
@@ -151,7 +150,8 @@ class _Questions:
                 losses.append(float(loss.detach()))
             promise.require(
                 losses[-1] <= LEARNT * losses[0],
-                f"its loss went from {losses[0]:.3f} to {losses[-1]:.3f}, at most {LEARNT * losses[0]:.3f} is allowed",
+                f"its loss went from {losses[0]:.3f} to {losses[-1]:.3f}, at most {LEARNT * losses[0]:.3f} is allowed; "
+                "does it want another language_lr?",
             )
 
     def _resumes(self) -> None:
@@ -246,9 +246,7 @@ def _quadratic(parameters: Sequence[nn.Parameter], step: int) -> Tensor:
     return torch.stack([((p - target) ** 2).sum() / 2 for p, target in zip(parameters, targets)]).sum()
 
 
-def _descend(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], count: int, start: int = 0
-) -> None:
+def _descend(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], count: int, start: int = 0) -> None:
     """Take steps whose gradients follow from parameters and step number alone."""
     for step in range(start, start + count):
         optimizer.zero_grad()

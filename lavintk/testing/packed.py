@@ -16,17 +16,13 @@ def unpacked(packed: PackedWeight) -> Tensor:
 
     :raises ValueError: the numbers of codes, scales or zero points do not fit the shape and the layout.
     """
-    rows, columns = packed.shape
     codes = _codes(packed)
-    if packed.codebook is not None:
-        values = packed.codebook.float()[codes.long()]
-    else:
-        values = codes.float()
+    values = codes.float() if packed.codebook is None else packed.codebook.float()[codes.long()]
     if packed.zero_points is not None:
         values = values - _spread(_points(packed), packed, values.shape)
     if packed.scales is not None:
         values = values * _spread(packed.scales.float(), packed, values.shape)
-    return values[:, :columns]
+    return values[:, : packed.shape[1]]
 
 
 def _codes(packed: PackedWeight) -> Tensor:

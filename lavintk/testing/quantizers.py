@@ -161,11 +161,18 @@ class _Questions:
             promise.require(not layer(self.x).requires_grad, "the product of an x without gradient requires one")
             kept: list[int] = []
             before = _state_of(layer)
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+
+            def note(tensor: Tensor) -> Tensor:
+                kept.append(tensor.numel())
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                 product = layer(self.x.clone().requires_grad_())
             product.sum().backward()
             weight = SHAPE[0] * SHAPE[1]
-            promise.require(max(kept, default=0) < weight, f"it keeps {max(kept, default=0)} elements, as W has {weight}")
+            promise.require(
+                max(kept, default=0) < weight, f"it keeps {max(kept, default=0)} elements, as W has {weight}"
+            )
             promise.require(_same(before, _state_of(layer)), "its storage changed in a forward and backward pass")
 
     def _sum_of_gradients(self, layer: FrozenLinear) -> None:
@@ -183,16 +190,18 @@ class _Questions:
             packed = layer.packed()
             promise.require(packed.shape == SHAPE, f"its shape is {packed.shape}, the layer's {SHAPE}")
             scales = packed.scales
-            promise.require(scales is None or scales.dtype == torch.float32, f"scales in {getattr(scales, 'dtype', '')}")
+            promise.require(
+                scales is None or scales.dtype == torch.float32, f"scales in {getattr(scales, 'dtype', '')}"
+            )
             own = f"scheme {packed.scheme!r}, layout {packed.layout!r}, block_size {packed.block_size}"
             try:
                 found = unpacked(packed)
             except (ValueError, RuntimeError, IndexError) as error:
                 raise AssertionError(promise.broken(f"{error} ({own})")) from error
-            error = relative_error(found, layer.dequantize())
+            off = relative_error(found, layer.dequantize())
             promise.require(
-                error <= PACKED_ERROR,
-                f"codes, codebook, zero points and scales give a weight that is off by {error:.2g} of its size ({own})",
+                off <= PACKED_ERROR,
+                f"codes, codebook, zero points and scales give a weight that is off by {off:.2g} of its size ({own})",
             )
 
     def _state(self, layer: FrozenLinear) -> None:
@@ -206,7 +215,9 @@ class _Questions:
             loaded.load_state_dict(torch.load(file, weights_only=True, map_location=self.device), assign=True)
             promise.require(_same(_state_of(layer), _state_of(loaded)), "buffers differ after loading")
             differ = int((loaded.dequantize() != layer.dequantize()).sum())
-            promise.require(differ == 0, f"{differ} of {SHAPE[0] * SHAPE[1]} weights differ: the state_dict lacks something")
+            promise.require(
+                differ == 0, f"{differ} of {SHAPE[0] * SHAPE[1]} weights differ: the state_dict lacks something"
+            )
             x = self.x
             promise.require(torch.equal(loaded(x), layer(x)), "the same x gives another product after loading")
             promise.require(self.quantizer.empty(*SHAPE, False, self.device).bias is None, "bias=False gave a bias")

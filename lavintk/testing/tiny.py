@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -21,7 +22,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
-EXTRA = {
+EXTRA: dict[str, dict[str, Any]] = {
     "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "mistral": {"sliding_window": 6, "head_dim": 16},
     "qwen2": {"use_sliding_window": False},
@@ -33,7 +34,7 @@ EXTRA = {
 
 def write_language_model(folder: Path, architecture: str = "llama", seed: int = 0, **overrides: object) -> Path:
     """Write a random model with two layers, four heads and two key/value heads; biases and norms are random too."""
-    settings = {
+    settings: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -85,7 +86,7 @@ def write_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> 
 def write_vision_tower(folder: Path, kind: str = "clip", seed: int = 0) -> Path:
     """Write a random vision tower with four blocks for images of 28 pixels."""
     torch.manual_seed(seed)
-    settings = {
+    settings: dict[str, Any] = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2,
         "image_size": 28, "patch_size": 14,
     }  # fmt: skip
