@@ -56,7 +56,9 @@ def main(arguments: list[str]) -> int:
         stale = True
         if not checking:
             page.write_text(fresh, encoding="utf-8")
-        print(f"docs/{page.relative_to(DOCS)} {'is out of date: run python docs/generate.py' if checking else 'written'}")
+        print(
+            f"docs/{page.relative_to(DOCS)} {'is out of date: run python docs/generate.py' if checking else 'written'}"
+        )
     return int(checking and stale)
 
 

@@ -83,7 +83,7 @@ def keep_features(
     model.set_vision_aside()
     found = len(set(digests.values())) - len(missing)
     console.print(
-        f"features of images: {found} from disk, {len(missing)} computed ({duration(time.monotonic() - began)}); "
+        f"features of images: {found:,} from disk, {len(missing):,} computed ({duration(time.monotonic() - began)}); "
         f"{bytes_kept() / 2**20:,.1f} MiB in {features_folder()}, which may be deleted",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip

@@ -44,6 +44,7 @@ from lavintk.evaluate import mean_loss
 from lavintk.features import keep_features
 from lavintk.models.build import Assembly, build
 from lavintk.models.multimodal import count_parameters
+from lavintk.plan import plan_of
 from lavintk.plugins import Plugins, installed_plugins
 from lavintk.recipe import Recipe, make_recipe, read_recipe
 from lavintk.registry import Choice
@@ -253,6 +254,9 @@ class Trainer:
         longest = max(len(row) for row in self.rows)
         capacity = settings.pack_tokens or round_up(settings.batch_size * longest, GRAIN)
         self.engine, reason = choose_engine(settings.engine, self.assembly.model, self.scaler, capacity, settings.seed)
+        if self.device.type == "cuda":
+            foretold = plan_of(self.assembly.model, self.recipe, self.plugins, self.engine.name, capacity)
+            self._facts["predicted_memory_bytes"] = foretold.allocated
         packs = self.engine.name == "graph" if settings.pack == "auto" else settings.pack
         self._capacity = capacity if packs else None
         plan = self._plan(epoch=0)

@@ -14,7 +14,7 @@ import pytest
 import lavintk
 from lavintk.errors import PluginError
 from lavintk.plugins import installed_plugins, load_plugins
-from lavintk.registry import Choice
+from lavintk.registry import Choice, Registry
 from lavintk.run import Run
 from lavintk.testing import (
     Outcome,
@@ -29,10 +29,17 @@ from lavintk.testing.managers import PluginManager
 
 RunCli = Callable[..., Outcome]
 OURS = load_plugins(builtin_only=True)
-QUANTIZERS = [*OURS.quantizers.names(), "nf4:double_quant=false", "int8:threshold=0"]
-OPTIMIZERS = OURS.optimizers.names()
+
+
+def without_options(registry: Registry[Any]) -> list[str]:
+    """Return the names that need no options."""
+    return [entry.name for entry in registry if not any(option.required for option in entry.declared_options())]
+
+
+QUANTIZERS = [*without_options(OURS.quantizers), "nf4:double_quant=false", "int8:threshold=0"]
+OPTIMIZERS = without_options(OURS.optimizers)
 ADAPTERS = [
-    *OURS.adapters.names(),
+    *without_options(OURS.adapters),
     "lora:r=2,targets=q_proj+vision.*,rslora=true,dropout=0.1",
     "mma:placement=block,visual=router",
     "mma:visual=router_block,routing=carried,compat=lavin",
@@ -199,7 +206,9 @@ def test_datasets_keep_their_promises(tmp_path: Path, tiny_folder: Path) -> None
         assert bool(report.skipped) == (path is None), name
 
 
-def test_every_exporter_and_format_of_lavintk_is_asked(tmp_path: Path, tiny_folder: Path) -> None:
+def test_everything_that_lavintk_offers_is_asked(tmp_path: Path, tiny_folder: Path) -> None:
+    for asked, registry in ((QUANTIZERS, OURS.quantizers), (OPTIMIZERS, OURS.optimizers), (ADAPTERS, OURS.adapters)):
+        assert sorted({Choice.parse(name).name for name in asked}) == registry.names()
     assert sorted(EXPORTERS) == OURS.exporters.names()
     assert sorted(name for name, _, _ in dataset_cases(tmp_path, tiny_folder)) == OURS.datasets.names()
 
@@ -275,6 +284,31 @@ def test_logits_that_differ_from_the_runs_are_told_with_figures(tiny_run: Run) -
 
     with pytest.raises(AssertionError, match=r"logits of a text row is off by 0\.01 of its size, at most 0\.001"):
         check_exporter(lambda: OURS.exporters.create(Choice("hf")), tiny_run, logits=shifted)
+
+
+def test_a_scheme_of_its_own_is_read_as_its_exporter_would() -> None:
+    from tests.wrong_plugins import Inverted, row_quantizer
+
+    make = row_quantizer(Inverted)
+    with pytest.raises(AssertionError, match=r"scheme 'inverted'.*give unpack= to the check"):
+        check_quantizer(make)
+    report = check_quantizer(make, unpack=lambda packed: packed.extra["sign"] * packed.codes * packed.scales[:, None])
+    assert any(kept.startswith("FrozenLinear.packed") for kept in report.kept)
+
+
+def test_what_a_machine_cannot_show_is_skipped_with_its_reason() -> None:
+    import torch
+
+    from tests.wrong_plugins import RefusesCpu, row_quantizer
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(pytest.skip.Exception, match=r"requires CUDA, and torch .* sees no device"):
+        check_quantizer(row_quantizer(requires_cuda=True))
+    openly = type("Optimizer", (RefusesCpu,), {"without_cuda": "it does not work"})
+    assert "Optimizer on a CPU: build() refuses it: only on CUDA" in check_optimizer(openly).skipped
+    report = check_adapter(lambda: OURS.adapters.create(Choice.parse("mma:visual=router")))
+    assert any("do not fold" in reason for reason in report.skipped)
 
 
 @pytest.mark.gpu
@@ -385,4 +419,4 @@ def test_what_could_not_be_asked_is_listed_at_the_end_of_the_session(tmp_path: P
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert "lavintk: not asked here" in done.stdout
-    assert "mine: FrozenLinear.graph_safe: no CUDA device" in done.stdout
+    assert "FrozenLinear.graph_safe: no CUDA device (mine)" in done.stdout

@@ -19,7 +19,7 @@ from lavintk.engine import EagerEngine, NotRecordableError, choose_engine
 from lavintk.engine.graph import why_not_recordable
 from lavintk.errors import RecipeError, TrainingError
 from lavintk.models.multimodal import Manner, MultimodalModel
-from tests.runs import multimodal, recipe
+from lavintk.testing.runs import multimodal, recipe
 from tests.test_mma import MixtureOptions, make_model
 
 SCALER = torch.amp.GradScaler("cpu", enabled=False)

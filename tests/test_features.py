@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from lavintk.data.features import FeatureStore, KeptFeatures, digest_images, fea
 from lavintk.data.pack import Pack, PackShape
 from lavintk.errors import DataError, RecipeError, RunError
 from lavintk.features import why_not_the_same
+from lavintk.hookspecs import hookimpl
 from lavintk.models.build import Assembly, build
 from lavintk.models.vision import VisionTower
 from lavintk.plugins import installed_plugins
@@ -118,10 +121,58 @@ def test_an_image_that_is_not_kept_goes_through_the_tower(tiny_folder: Path, tmp
     assert lavintk.load(run.folder).generate(question, tiny_folder / "1.png", max_new_tokens=4) == known
 
 
-def test_only_images_that_a_run_will_see_are_computed(tiny_folder: Path, tmp_path: Path, seen: list[int]) -> None:
-    _, printed = train(content(tiny_folder, "auto", max_steps=1, batch_size=1), tmp_path / "run")
-    assert sum(seen) <= 1
-    assert "computed" not in printed or "0 from disk, 1 computed" in printed
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_only_images_that_a_run_will_see_are_computed(
+    tiny_folder: Path, tmp_path: Path, seen: list[int], seed: int
+) -> None:
+    """A run of one row: the row's picture, if it has one, and none of the others."""
+    train(content(tiny_folder, False, max_steps=1, batch_size=1, seed=seed), tmp_path / "plain")
+    needed = sum(seen)
+    train(content(tiny_folder, "auto", max_steps=1, batch_size=1, seed=seed), tmp_path / "kept")
+    assert sum(seen) == 2 * needed
+    assert len(list(features_folder().rglob("*.safetensors"))) == needed <= 1
+
+
+class PressCtrlC:
+    """A plugin that interrupts the run after a step."""
+
+    @hookimpl
+    def lavintk_step_finished(self, step: Any) -> None:
+        if step.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupted_run_resumes_to_the_weights_of_an_uninterrupted_one(tiny_folder: Path, tmp_path: Path) -> None:
+    recipe = content(tiny_folder, "auto", max_steps=7)
+    straight, _ = train(recipe, tmp_path / "straight")
+    manager = installed_plugins().manager
+    manager.register(plugin := PressCtrlC(), "ctrl-c")
+    try:
+        train(recipe, tmp_path / "resumed")
+    finally:
+        manager.unregister(plugin)
+    resumed = lavintk.train(Run.open(tmp_path / "resumed").recipe, tmp_path / "resumed", resume=True)
+    found = resumed.assembly.model.trainable()
+    for name, expected in straight.assembly.model.trainable().items():
+        assert torch.equal(found[name], expected), name
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_the_number_of_workers_changes_nothing_and_faults_name_the_record(
+    tiny_folder: Path, tmp_path: Path, workers: int
+) -> None:
+    recipe = content(tiny_folder, "auto", max_steps=2)
+    expected = losses(train(recipe, tmp_path / "default")[0])
+    recipe["data"] |= {"workers": workers, "cache_features": False}
+    assert losses(train(recipe, tmp_path / "run")[0]) == pytest.approx(expected, rel=1e-5)
+    for path in tiny_folder.glob("*.png"):
+        (tmp_path / path.name).write_bytes(path.read_bytes()[:60])  # a sound header with nothing behind it
+    (tmp_path / "mixed.jsonl").write_bytes((tiny_folder / "mixed.jsonl").read_bytes())
+    recipe["data"] |= {"train": {"name": "jsonl", "path": str(tmp_path / "mixed.jsonl")}}
+    for cache in ("auto", False):
+        recipe["data"] |= {"cache_features": cache}
+        with pytest.raises(DataError, match=r"record 'row\d': image .*\.png"):
+            train(recipe, tmp_path / f"broken-{cache}")
 
 
 @pytest.mark.parametrize("adapter", ["mma", {"name": "mma", "visual": "affine"}, "lora:targets=all+vision.*q_proj"])
@@ -154,7 +205,7 @@ def trained(model: Any) -> None:
 
 
 def parametrized(model: Any) -> None:
-    torch.nn.utils.parametrize.register_parametrization(  # type: ignore[no-untyped-call]
+    torch.nn.utils.parametrize.register_parametrization(
         model.vision.blocks[0].layer_norm1, "weight", torch.nn.Identity()
     )
 
@@ -301,6 +352,27 @@ def test_auto_keeps_no_more_than_its_limit(tiny_folder: Path, tmp_path: Path, mo
 def test_an_image_that_vanished_is_named_with_its_record(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"record 'r7'.*gone\.png.*No such file"):
         digest_images({tmp_path / "gone.png": "r7", b"encoded": "r8"}, 2)
+
+
+def test_a_tower_is_moved_only_when_pixels_need_it(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a device that is not there: what is asked of the tower, not the move itself."""
+    model = assembled(tiny_folder).model
+    device, places = torch.device("cuda:0"), [torch.device("cuda:0")]
+    monkeypatch.setattr(type(model), "device", device)
+    monkeypatch.setattr(VisionTower, "device", property(lambda tower: places[-1]))
+    monkeypatch.setattr(VisionTower, "to", lambda tower, place: places.append(torch.device(place)))
+    pixels = torch.zeros(1, 3, 28, 28)
+    model.visual_features(pixels)
+    assert places == [device]
+    assert model.vision is not None
+    model.set_vision_aside()
+    model.connected(torch.zeros(1, model.visual_tokens, model.vision.width))
+    assert places[1:] == [torch.device("cpu")]
+    model.visual_features(pixels)
+    model.visual_features(pixels)
+    model.set_vision_aside()
+    model.bring_vision_back()
+    assert places[2:] == [device, torch.device("cpu"), device]
 
 
 @pytest.mark.gpu

@@ -112,6 +112,14 @@ class OtherScales(RowLinear):
         return PackedWeight("rows", (self.out_features, self.in_features), self.codes, self.scales.roll(1))
 
 
+class Inverted(RowLinear):
+    """Describes its codes by a scheme of its own, which is honest to who knows it."""
+
+    def packed(self) -> PackedWeight:
+        shape = (self.out_features, self.in_features)
+        return PackedWeight("inverted", shape, -self.codes, self.scales, extra={"sign": -1})
+
+
 class TrainedScales(RowLinear):
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None) -> None:
         FrozenLinear.__init__(self, codes.shape[0], codes.shape[1], bias)
@@ -126,7 +134,7 @@ class WaitsForDevice(RowLinear):
     """Says that it is safe in a CUDA graph, and asks the device for a number."""
 
     def product(self, x: Tensor) -> Tensor:
-        return super().product(x) if float(x.abs().max()) >= 0 else x
+        return super().product(x) if float(x.abs().sum()) >= 0 else x
 
 
 QUANTIZERS: dict[str, tuple[Callable[[], Any], str]] = {

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import click
 
 from lavintk import __version__
-from lavintk.cli import bench, chat, data, doctor, evaluate, export, import_, models, plugins, train, verify
+from lavintk.cli import bench, chat, data, doctor, evaluate, export, import_, models, plan, plugins, train, verify
 from lavintk.errors import LavintkError
 from lavintk.plugins import installed_plugins
 
@@ -30,6 +30,7 @@ def make_group(with_plugins: bool = True) -> click.Group:
     click.version_option(__version__, prog_name="lavintk")(group)
     for command in (
         train.train,
+        plan.plan,
         export.export,
         evaluate.evaluate,
         chat.chat,

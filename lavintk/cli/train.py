@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from lavintk.recipe import Recipe
 
 STOPPED = 130
 """Exit code of a command that Ctrl-C ended."""
@@ -39,36 +43,76 @@ FLAGS = {
 """Flag to the key of the recipe that it overrides."""
 
 
+RECIPE_FLAGS = (
+    click.option("--model", help="Language model: catalog name, folder, .gguf file or hub id."),
+    click.option("--vision", help="Vision tower: catalog name, folder, OpenAI's CLIP file or hub id."),
+    click.option("--quant", help="Quantizer of the frozen base: nf4, int8, none, ... (lavintk plugins list)."),
+    click.option("--adapter", help="Adapter: mma, lora, ..."),
+    click.option("--optim", help="Optimizer: paged, 8bit, adamw, ..."),
+    click.option("--data", help="Training records, FORMAT:PATH, for example alpaca:data.json."),
+    click.option("--validation", help="Records for the loss during training."),
+    click.option("--test", help="Records to answer before and after training."),
+    click.option("--template", help="auto, chat, plain, lavin or the path of a .jinja file."),
+    click.option("--max-length", type=int, help="Tokens per row, visual tokens included."),
+    click.option("--epochs", type=float, help="Passes over the training records."),
+    click.option("--max-steps", type=int, help="Optimizer steps; overrides --epochs."),
+    click.option("--batch-size", type=int, help="Rows per micro-batch."),
+    click.option("--accumulate", type=int, help="Micro-batches per optimizer step."),
+    click.option("--lr", type=float, help="Peak learning rate."),
+    click.option("--engine", help="How steps are computed: auto, eager or graph (CUDA graphs)."),
+    click.option("--pack/--no-pack", default=None, help="Put rows together into full micro-batches.  [default: auto]"),
+    click.option("--precision", help="auto, bf16, fp16 or fp32."),
+    click.option("--device", help="auto, cpu, cuda or cuda:N."),
+    click.option("--seed", type=int, help="Of the adapter's start, the order of the rows and dropout."),
+    click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override any key of the recipe."),
+)
+"""Options of the commands that take a recipe."""
+
+
+def recipe_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the argument RECIPE and the flags that override it."""
+    for option in reversed(RECIPE_FLAGS):
+        command = option(command)
+    return click.argument("recipe", required=False)(command)
+
+
+def resolve(recipe: str | None, assignments: tuple[str, ...], flags: dict[str, Any]) -> Recipe:
+    """Return the checked recipe that a command line names.
+
+    :raises RecipeError: all its faults.
+    """
+    from lavintk.plugins import installed_plugins
+    from lavintk.recipe import make_recipe, read_recipe
+
+    if recipe is None:
+        named = flags["model"] or flags["data"]
+        content: dict[str, Any] = CUSTOM if named else read_recipe(DEMO)
+    else:
+        content = read_recipe(recipe)
+    resolved = make_recipe(content, overrides_of(assignments, flags))
+    resolved.check(installed_plugins())
+    return resolved
+
+
+def overrides_of(assignments: tuple[str, ...], flags: dict[str, Any]) -> dict[str, Any]:
+    """Return what the flags and ``--set`` override, by the recipe's keys."""
+    from lavintk.recipe import parse_assignment
+
+    overrides = {FLAGS[name]: value for name, value in flags.items() if value is not None}
+    return overrides | dict(parse_assignment(text) for text in assignments)
+
+
 @click.command()
-@click.argument("recipe", required=False)
+@recipe_flags
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/<time>-<recipe>]")
 @click.option("--resume", type=click.Path(path_type=Path), help="Go on with the run in this folder.")
-@click.option("--model", help="Language model: catalog name, folder, .gguf file or hub id.")
-@click.option("--vision", help="Vision tower: catalog name, folder, OpenAI's CLIP file or hub id.")
-@click.option("--quant", help="Quantizer of the frozen base: nf4, int8, none, ... (lavintk plugins list).")
-@click.option("--adapter", help="Adapter: mma, lora, ...")
-@click.option("--optim", help="Optimizer: paged, 8bit, adamw, ...")
-@click.option("--data", help="Training records, FORMAT:PATH, for example alpaca:data.json.")
-@click.option("--validation", help="Records for the loss during training.")
-@click.option("--test", help="Records to answer before and after training.")
-@click.option("--template", help="auto, chat, plain, lavin or the path of a .jinja file.")
-@click.option("--max-length", type=int, help="Tokens per row, visual tokens included.")
-@click.option("--epochs", type=float, help="Passes over the training records.")
-@click.option("--max-steps", type=int, help="Optimizer steps; overrides --epochs.")
-@click.option("--batch-size", type=int, help="Rows per micro-batch.")
-@click.option("--accumulate", type=int, help="Micro-batches per optimizer step.")
-@click.option("--lr", type=float, help="Peak learning rate.")
-@click.option("--engine", help="How steps are computed: auto, eager or graph (CUDA graphs).")
-@click.option("--pack/--no-pack", default=None, help="Put rows together into full micro-batches.  [default: auto]")
-@click.option("--precision", help="auto, bf16, fp16 or fp32.")
-@click.option("--device", help="auto, cpu, cuda or cuda:N.")
-@click.option("--seed", type=int, help="Of the adapter's start, the order of the rows and dropout.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override any key of the recipe.")
+@click.option("--fit", help="Change the recipe so that it fits into this much GPU memory, for example 8GB.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved recipe and stop.")
 def train(
     recipe: str | None,
     out: Path | None,
     resume: Path | None,
+    fit: str | None,
     assignments: tuple[str, ...],
     dry_run: bool,
     **flags: Any,
@@ -81,23 +125,15 @@ def train(
     from rich.console import Console
 
     from lavintk.errors import RecipeError
-    from lavintk.plugins import installed_plugins
-    from lavintk.recipe import make_recipe, parse_assignment, read_recipe
 
     console = Console()
-    overrides = {FLAGS[name]: value for name, value in flags.items() if value is not None}
-    overrides |= dict(parse_assignment(text) for text in assignments)
     if resume is not None:
-        if recipe or out or overrides:
+        if recipe or out or fit or overrides_of(assignments, flags):
             raise RecipeError("--resume", ["a run goes on with its own recipe; leave out everything else"])
         return _run_resumed(resume, console)
-    if recipe is None:
-        named = flags["model"] or flags["data"]
-        content: dict[str, Any] = CUSTOM if named else read_recipe(DEMO)
-    else:
-        content = read_recipe(recipe)
-    resolved = make_recipe(content, overrides)
-    resolved.check(installed_plugins())
+    resolved = resolve(recipe, assignments, flags)
+    if fit is not None:
+        resolved = fitted(resolved, fit, console)
     if dry_run:
         click.echo(resolved.to_yaml(), nl=False)
         return 0
@@ -105,6 +141,20 @@ def train(
 
     run = run_training(resolved, out, console=console)
     return show_next_steps(run.folder, run.manifest["status"], console)
+
+
+def fitted(recipe: Recipe, size: str, console: Any) -> Recipe:
+    """Return the recipe changed to fit into ``size``, and say what was changed.
+
+    :raises RecipeError: it cannot be made to fit.
+    """
+    from lavintk.plan import GIB, fit, parse_size
+    from lavintk.plugins import installed_plugins
+
+    found = fit(recipe, installed_plugins(), parse_size(size))
+    changes = ", ".join(f"{key}={value}" for key, value in found.changes.items()) or "nothing had to be changed"
+    console.print(f"fit into {size}: {changes}; {found.plan.device / GIB:.2f} GiB foretold", highlight=False)
+    return found.recipe
 
 
 def _run_resumed(folder: Path, console: Any) -> int:

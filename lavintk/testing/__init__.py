@@ -18,7 +18,10 @@ from typing import TYPE_CHECKING, Any
 from lavintk.testing.outcome import Outcome, Report, TinyModel
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lavintk.contracts import Adapter, DatasetFormat, Exporter, Optimizer, Quantizer
+    from lavintk.layers import PackedWeight
     from lavintk.run import Run
 
 __all__ = [
@@ -33,7 +36,12 @@ __all__ = [
 ]
 
 
-def check_quantizer(make: Callable[[], Quantizer], *, max_error: float = 0.2) -> Report:
+def check_quantizer(
+    make: Callable[[], Quantizer],
+    *,
+    max_error: float = 0.2,
+    unpack: Callable[[PackedWeight], Tensor] | None = None,
+) -> Report:
     """Check that a quantizer keeps what :class:`lavintk.contracts.Quantizer` and its layers promise.
 
     Asked on a CPU, unless ``requires_cuda``, and on CUDA where there is a device: error of the round trip, product and
@@ -44,11 +52,13 @@ def check_quantizer(make: Callable[[], Quantizer], *, max_error: float = 0.2) ->
     :param make: returns a new quantizer.
     :param max_error: largest root mean square error of the weights, relative to that of the weights themselves, for
         normally distributed ones. NF4 has about 0.09, a good 3-bit grid 0.2, 2 bits 0.4.
+    :param unpack: for a scheme of the plugin's own that codes, codebook, zero points and scales do not express: returns
+        the weight ``[out, in]`` as an exporter would compute it from ``packed()`` alone.
     :raises AssertionError: a promise is broken.
     """
     from lavintk.testing import quantizers
 
-    return quantizers.check(make, max_error)
+    return quantizers.check(make, max_error, unpack)
 
 
 def check_optimizer(make: Callable[[], Optimizer], *, lr: float = 0.05, language_lr: float | None = None) -> Report:

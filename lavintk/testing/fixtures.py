@@ -26,8 +26,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         return
     if reasons := sys.modules[OUTCOME].not_asked():
         terminalreporter.section("lavintk: not asked here")
-        for reason in dict.fromkeys(reasons):
-            terminalreporter.line(reason)
+        for reason, subjects in reasons.items():
+            terminalreporter.line(f"{reason} ({', '.join(subjects)})")
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,8 @@ class Promises:
 
     def report(self) -> Report:
         """Return what was asked; pytest lists what was not."""
-        not_asked().extend(f"{self._subject}: {reason}" for reason in self._skipped)
+        for reason in self._skipped:
+            not_asked().setdefault(reason, {})[self._subject] = None
         return Report(tuple(self._kept), tuple(self._skipped))
 
 

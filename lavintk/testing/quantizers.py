@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lavintk.contracts import CalibratedQuantizer, Quantizer
 from lavintk.errors import LavintkError
-from lavintk.layers import FLOATS, FrozenLinear
+from lavintk.layers import FLOATS, FrozenLinear, PackedWeight
 from lavintk.testing.outcome import Report
 from lavintk.testing.packed import unpacked
 from lavintk.testing.promises import Promises, class_name, relative_error
@@ -28,7 +28,10 @@ ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 PACKED_ERROR = 2e-6
 
 
-def check(make: Callable[[], Quantizer], max_error: float) -> Report:
+Unpack = Callable[[PackedWeight], Tensor]
+
+
+def check(make: Callable[[], Quantizer], max_error: float, unpack: Unpack | None) -> Report:
     """See :func:`lavintk.testing.check_quantizer`."""
     quantizer = make()
     promises = Promises(class_name(quantizer))
@@ -45,15 +48,15 @@ def check(make: Callable[[], Quantizer], max_error: float) -> Report:
         promises.skip("FrozenLinear on CUDA", f"torch {torch.__version__} sees no CUDA device")
         promises.skip("FrozenLinear.graph_safe", "whether it is honest shows in the capture of a CUDA graph only")
     for device in devices:
-        _Questions(promises, make, torch.device(device)).ask(max_error)
+        _Questions(promises, make, torch.device(device), unpack or unpacked).ask(max_error)
     return promises.report()
 
 
 class _Questions:
     """What is asked of a quantizer on one device."""
 
-    def __init__(self, promises: Promises, make: Callable[[], Quantizer], device: torch.device) -> None:
-        self.promises, self.quantizer, self.device = promises, make(), device
+    def __init__(self, promises: Promises, make: Callable[[], Quantizer], device: torch.device, unpack: Unpack) -> None:
+        self.promises, self.quantizer, self.device, self.unpack = promises, make(), device, unpack
         self._random = torch.Generator().manual_seed(0)
         self.weight, self.bias = self.normal(*SHAPE), self.normal(SHAPE[0])
         self.x = self.normal(2, 3, SHAPE[1])
@@ -63,7 +66,7 @@ class _Questions:
 
     def ask(self, max_error: float) -> None:
         layer = self._quantize()
-        self._round_trip(layer, max_error)
+        self._round_trip(max_error)
         self._number_types(layer)
         self._product(layer)
         self._gradient(layer)
@@ -98,7 +101,7 @@ class _Questions:
             )
             return self.quantizer.quantize(self.weight, self.bias)
 
-    def _round_trip(self, layer: FrozenLinear, max_error: float) -> None:
+    def _round_trip(self, max_error: float) -> None:
         text = f"is near the weight: relative error at most {max_error:g} for normally distributed ones"
         with self.promises.keep("FrozenLinear.dequantize", text) as promise:
             for dtype in FLOATS:
@@ -195,13 +198,14 @@ class _Questions:
             )
             own = f"scheme {packed.scheme!r}, layout {packed.layout!r}, block_size {packed.block_size}"
             try:
-                found = unpacked(packed)
+                found = self.unpack(packed)
             except (ValueError, RuntimeError, IndexError) as error:
                 raise AssertionError(promise.broken(f"{error} ({own})")) from error
             off = relative_error(found, layer.dequantize())
             promise.require(
                 off <= PACKED_ERROR,
-                f"codes, codebook, zero points and scales give a weight that is off by {off:.2g} of its size ({own})",
+                f"codes, codebook, zero points and scales give a weight that is off by {off:.2g} of its size ({own}); "
+                "if the scheme means something else, give unpack= to the check",
             )
 
     def _state(self, layer: FrozenLinear) -> None:
@@ -260,7 +264,7 @@ class _Questions:
                 promise.require_close(layer.dequantize(), weight, 1.5 * max_error, f"a weight {shape}")
                 x = self.normal(2, shape[1])
                 promise.require_close(layer(x), F.linear(x, layer.dequantize()), PRODUCT_ERROR, f"the product {shape}")
-                error = relative_error(unpacked(layer.packed()), layer.dequantize())
+                error = relative_error(self.unpack(layer.packed()), layer.dequantize())
                 promise.require(error <= PACKED_ERROR, f"packed() of a weight {shape} is off by {error:.2g}")
 
     def _calibrated(self) -> None:
