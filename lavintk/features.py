@@ -30,6 +30,7 @@ from lavintk.data.features import (
 from lavintk.data.records import ImageSource
 from lavintk.devices import enough_memory
 from lavintk.errors import RecipeError, RunError
+from lavintk.layers import FrozenLinear
 from lavintk.models.build import Assembly
 from lavintk.models.multimodal import MultimodalModel
 from lavintk.report import counting_bar, duration
@@ -109,6 +110,9 @@ def _origin(assembly: Assembly) -> dict[str, Any]:
         "weights": assembly.base["vision"]["sha256"],
         "config": _plain(tower.model.config),
         "tower": [type(tower).__name__, *tower.taps],
+        "layers": sorted(
+            {f"{type(x).__name__}: {x.extra_repr()}" for x in tower.modules() if isinstance(x, FrozenLinear)}
+        ),
         "images": {name: value for name, value in asdict(images).items() if name != "max_pixels"},
         "device": assembly.model.device.type,
         "packages": {package: version(package) for package in PACKAGES},

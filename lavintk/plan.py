@@ -153,25 +153,28 @@ def micro_batch_tokens(recipe: Recipe) -> int:
 
 def _base(model: MultimodalModel, recipe: Recipe, plugins: Plugins) -> tuple[dict[str, int], int, int, int]:
     """Return bytes by kind, those of the largest unpacked weight, and weights and bytes of the decoder's layers."""
-    quantizer, meta = plugins.quantizers.create(recipe.quant), torch.device("meta")
-    stored = largest = weights = tower = 0
+    quantizers = [plugins.quantizers.create(choice) for choice in (recipe.quant, recipe.vision_quant)]
+    stored, largest, weights = [0, 0], 0, 0
     for name, linear in model.linears().items():
-        count = linear.out_features * linear.in_features
-        if name.startswith("vision."):
-            tower += 2 * count
-            continue
-        layer = quantizer.empty(linear.out_features, linear.in_features, linear.bias is not None, meta)
-        stored += sum(buffer.nbytes for buffer in layer.buffers())
-        weights += count
-        if layer.bits_per_weight() < 16:
-            largest = max(largest, 2 * count)
+        in_tower, count = name.startswith("vision."), linear.out_features * linear.in_features
+        layer = quantizers[in_tower].empty(
+            linear.out_features, linear.in_features, linear.bias is not None, torch.device("meta")
+        )
+        unquantized = any(buffer.dtype.is_floating_point and buffer.numel() == count for buffer in layer.buffers())
+        stored[in_tower] += 2 * count if unquantized else sum(buffer.nbytes for buffer in layer.buffers())
+        weights += 0 if in_tower else count
+        largest = max(largest, 0 if unquantized else 2 * count)
     shared: dict[int, tuple[str, int]] = {}
     for name, parameter in model.frozen_parameters().items():
         shared[id(parameter)] = (name, 2 * parameter.numel())
-    tower += sum(size for name, size in shared.values() if name.startswith("vision."))
+    stored[True] += sum(size for name, size in shared.values() if name.startswith("vision."))
     rest = sum(size for name, size in shared.values() if not name.startswith("vision."))
-    sizes = {f"linear layers ({recipe.quant})": stored, "embedding, head, norms": rest, "vision tower": tower}
-    return sizes, largest, weights, stored
+    sizes = {
+        f"linear layers ({recipe.quant})": stored[False],
+        "embedding, head, norms": rest,
+        f"vision tower ({recipe.vision_quant})": stored[True],
+    }
+    return sizes, largest, weights, stored[False]
 
 
 def _trained(model: MultimodalModel, optimizer: Optimizer) -> tuple[int, int, dict[str, int]]:
@@ -198,7 +201,7 @@ def _images(model: MultimodalModel, recipe: Recipe, tokens: int) -> int:
     places = (config.image_size // config.patch_size) ** 2 + 1
     images = max(1, tokens // recipe.data.max_length) if recipe.train.pack_tokens else recipe.train.batch_size
     widths = len(model.vision.blocks) * config.hidden_size + 8 * config.hidden_size + 2 * config.intermediate_size
-    return 2 * images * places * widths
+    return int(2 * images * places * widths)
 
 
 def parse_size(text: str) -> int:

@@ -163,6 +163,9 @@ class Recipe(Section):
     name: str = Field("run", description="part of the run folder's name; by default the recipe file's")
     model: ModelSection = Field(description="the frozen models")
     quant: PluginChoice = Field(default_factory=lambda: Choice("none"), description="how the frozen base is stored")
+    vision_quant: PluginChoice = Field(
+        default_factory=lambda: Choice("none"), description="how the frozen vision tower's linear layers are stored"
+    )
     adapter: PluginChoice | None = Field(
         default_factory=lambda: Choice("lora"), description="what is trained in the base; null for nothing"
     )
@@ -188,6 +191,7 @@ class Recipe(Section):
         """
         choices: list[tuple[str, Any, Choice | None]] = [
             ("quant", plugins.quantizers, self.quant),
+            ("vision_quant", plugins.quantizers, self.vision_quant),
             ("adapter", plugins.adapters, self.adapter),
             ("optim", plugins.optimizers, self.optim),
             ("data.train", plugins.datasets, self.data.train),

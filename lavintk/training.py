@@ -52,7 +52,9 @@ from lavintk.report import TrainingDisplay, duration, loading_bar, scores_table
 from lavintk.run import CHECKPOINTS, METRICS, PREDICTIONS, RECIPE, Run, evaluate, load_records
 from lavintk.schedule import build_optimizer, learning_rate
 
-SETTLED = ("model.connector", "model.tap_every", "model.neck", "model.patch_layer", "quant", "adapter", "optim")
+SETTLED = (
+    "model.connector", "model.tap_every", "model.neck", "model.patch_layer", "quant", "vision_quant", "adapter", "optim"
+)  # fmt: skip
 """Settings that a run keeps to its end: what is in its checkpoints means nothing under others."""
 
 

@@ -123,6 +123,16 @@ def test_an_interrupted_run_resumes_to_exactly_the_weights_of_an_uninterrupted_o
         assert torch.equal(weights(resumed)[name], expected), name
 
 
+def test_a_quantized_tower_is_trained_on_and_loaded_again_as_it_was(tiny_folder: Path, tmp_path: Path) -> None:
+    run = lavintk.train(multimodal(tiny_folder) | {"vision_quant": "nf4"}, tmp_path / "run")
+    for model in (run.assembly.model, lavintk.load(tmp_path / "run").assembly.model):
+        bits = {name: layer.bits_per_weight() for name, layer in model.linears().items() if name.startswith("vision.")}
+        assert bits
+        assert all(found < 8 for found in bits.values())
+    scores = [loaded.evaluate("easyvqa:limit=4").scores for loaded in (run, lavintk.load(tmp_path / "run"))]
+    assert scores[0] == scores[1]
+
+
 def test_packed_steps_learn_what_unpacked_ones_do_with_fewer_micro_batches(tiny_folder: Path, tmp_path: Path) -> None:
     content = multimodal(tiny_folder, max_steps=4, batch_size=1, accumulate=4)
     content["adapter"] = {"name": "mma", "dropout": 0.0}

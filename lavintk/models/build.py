@@ -86,7 +86,10 @@ def build(
         )  # fmt: skip
         tower, connector = None, None
         if "vision" in sources:
-            vision = load_vision_model(sources["vision"], device=device, dtype=dtype, trained_in=trained_in)
+            vision = load_vision_model(
+                sources["vision"], quantizer=plugins.quantizers.create(recipe.vision_quant),
+                device=device, dtype=dtype, trained_in=trained_in,
+            )  # fmt: skip
             tower, connector = connect(vision, recipe.model, language.config.hidden_size)
             connector.to(device)
         model = MultimodalModel(language, tower, connector)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -214,7 +215,8 @@ class _Questions:
             file = io.BytesIO()
             torch.save(layer.state_dict(), file)
             file.seek(0)
-            loaded = self.quantizer.empty(*SHAPE, True, self.device)
+            with _undefined_content():
+                loaded = self.quantizer.empty(*SHAPE, True, self.device)
             promise.require(isinstance(loaded, FrozenLinear), f"it is a {class_name(loaded)}")
             loaded.load_state_dict(torch.load(file, weights_only=True, map_location=self.device), assign=True)
             promise.require(_same(_state_of(layer), _state_of(loaded)), "buffers differ after loading")
@@ -311,6 +313,17 @@ class _Questions:
             expected = both()
             promise.require_close(product, expected[0], 1e-5, "a replayed product")
             promise.require_close(gradient, expected[1], 1e-5, "a replayed gradient")
+
+
+@contextmanager
+def _undefined_content() -> Iterator[None]:
+    """Let ``torch.empty`` give NaN, or the largest whole number: memory used before may hold the right values."""
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
 def _state_of(layer: FrozenLinear) -> dict[str, Tensor]:
