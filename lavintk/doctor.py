@@ -335,7 +335,10 @@ def _load_plugins_apart() -> dict[str, PluginLoad]:
     if done.returncode:
         raise RuntimeError(f"importing the plugins ended Python: {done.stderr.strip()[-300:]}")
     loads = json.loads(done.stdout.splitlines()[-1])
-    return {name: PluginLoad(*values[:3], tuple(values[3])) for name, values in loads.items()}
+    return {
+        name: PluginLoad(seconds, error, left_out, tuple(heavy))
+        for name, (seconds, error, left_out, heavy) in loads.items()
+    }
 
 
 def _about_disabled(disabled: frozenset[str]) -> Iterator[Finding]:

@@ -5,13 +5,6 @@ from pathlib import Path
 import pytest
 
 from lavintk.plugins import installed_plugins
-from lavintk.testing import Outcome, fixtures  # noqa: F401  (Outcome: for tests that still import it from here)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Load the kit's fixtures where lavintk was installed before it offered them to pytest by entry point."""
-    if not config.pluginmanager.has_plugin("lavintk"):
-        config.pluginmanager.register(fixtures, "lavintk")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -49,7 +49,7 @@ class CsvFormat:
         faults += [f"line {line}: {name}: it is empty" for name in REQUIRED if not (row[name] or "").strip()]
         if None in row:
             faults.append(f"line {line}: it has more cells than the head")
-        images = ()
+        images: tuple[Path, ...] = ()
         if name := row.get("image"):
             images = (self.path.parent / name,)
             if not images[0].is_file():
