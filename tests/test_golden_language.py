@@ -27,6 +27,8 @@ CASES = ("image_only", "text_only", "mixed")
 class StoredFeatures(torch.nn.Module):
     """Stands in for the vision tower."""
 
+    device = torch.device("cpu")
+
     def __init__(self, width: int, tokens: int) -> None:
         super().__init__()
         self.width, self.tokens = width, tokens
