@@ -74,15 +74,15 @@ def refused(run_cli: RunCli, tmp_path: Path) -> Callable[..., None]:
 @contextmanager
 def taking_part(plugin: object) -> Iterator[None]:
     """Let ``plugin`` take part in the commands of the block."""
-    load = lavintk.plugins._load_manager
+    new_manager = lavintk.plugins._new_manager
 
-    def load_with_it(disabled: frozenset[str]) -> Any:
-        manager = load(disabled)
+    def manager_with_it() -> Any:
+        manager = new_manager()
         manager.register(plugin, "test")
         return manager
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lavintk.plugins._load_manager", load_with_it)
+        patch.setattr("lavintk.plugins._new_manager", manager_with_it)
         yield
 
 
