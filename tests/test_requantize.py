@@ -115,7 +115,7 @@ def test_a_requantized_model_is_the_one_that_would_have_been_loaded_on_that_grid
             target = other / path.relative_to(run.folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
-    (other / "recipe.yaml").write_text(text.replace("quant: none", "quant: int4"))
+    (other / "recipe.yaml").write_text(text.replace("\nquant: none", "\nquant: int4"))
     expected = lavintk.load(other).assembly
     actual = run.assembly
     report = requantize(actual, INT4, records_of(run), rows=0)
