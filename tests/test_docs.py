@@ -247,18 +247,29 @@ def install_page_plugin(page: str, folder: Path, install: Install) -> None:
     install(name, source, distribution=project["name"], version=project["version"])
 
 
-def install_examples(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
-    """Put the finished packages of the tutorial on the path, as pip would install them."""
-    for folder in (DOCS / "plugins/examples").iterdir():
-        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        ((name, module),) = project["entry-points"]["lavintk"].items()
-        metadata = place / f"{module}-{project['version']}.dist-info"
-        metadata.mkdir()
-        (metadata / "METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
-        (metadata / "entry_points.txt").write_text(f"[lavintk]\n{name} = {module}\n")
-        monkeypatch.syspath_prepend(folder)
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.syspath_prepend(place)
+@pytest.fixture
+def install_examples(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[], None]]:
+    """Return a function that puts the tutorial's finished packages on the path, as pip would; gone after the test."""
+    modules: list[str] = []
+
+    def install() -> None:
+        site = tmp_path_factory.mktemp("site")
+        for folder in (DOCS / "plugins/examples").iterdir():
+            project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+            ((name, module),) = project["entry-points"]["lavintk"].items()
+            metadata = site / f"{module}-{project['version']}.dist-info"
+            metadata.mkdir()
+            (metadata / "METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
+            (metadata / "entry_points.txt").write_text(f"[lavintk]\n{name} = {module}\n")
+            monkeypatch.syspath_prepend(folder)
+            modules.append(module)
+        monkeypatch.syspath_prepend(site)
+
+    yield install
+    for name in [name for name in sys.modules if name.partition(".")[0] in modules]:
+        del sys.modules[name]
 
 
 def test_the_plugin_of_the_page_trains_a_model(
@@ -346,13 +357,12 @@ def test_every_command_line_of_a_page_can_be_called_so(
     workspace: Callable[[str], Path],
     install_plugin: Install,
     run_cli: RunCli,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path_factory: pytest.TempPathFactory,
+    install_examples: Callable[[], None],
 ) -> None:
     text = page.read_text(encoding="utf-8")
     folder = workspace(text)
     if page == DOCS / "plugins/tutorial.md":
-        install_examples(monkeypatch, tmp_path_factory.mktemp("site"))
+        install_examples()
     if (folder / "pyproject.toml").exists():
         install_page_plugin(text, folder, install_plugin)
     installed_plugins.cache_clear()
