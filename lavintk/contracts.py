@@ -129,7 +129,7 @@ class Adapter(Protocol):
         ...
 
     def save(self, folder: Path, base: str) -> None:
-        """Write the adapter, and nothing else, into ``folder``.
+        """Write the adapter, and nothing else, into ``folder``, which may have to be made.
 
         :param base: name or path of the language model, for formats that record it.
         """
@@ -153,6 +153,14 @@ class Adapter(Protocol):
         :raises NotAffineError: what the adapter, as configured, does to the layers asked for has no affine form.
         """
         ...
+
+
+@runtime_checkable
+class ApproximateGradient(Protocol):
+    """What an :class:`Adapter` may offer besides: to say that it is trained by another gradient than the loss's own."""
+
+    inexact_gradient: str
+    """One sentence: what is left out, for example that a norm counts as a constant; empty where nothing is."""
 
 
 @runtime_checkable

@@ -18,7 +18,8 @@ import torch
 from lavintk.contracts import Optimizer
 from lavintk.data.pack import GRAIN, round_up
 from lavintk.errors import RecipeError, did_you_mean
-from lavintk.models.build import build_outline
+from lavintk.models.build import outline
+from lavintk.models.config_source import open_config
 from lavintk.models.multimodal import LOSS_CHUNK, MultimodalModel
 from lavintk.plugins import Plugins
 from lavintk.recipe import Recipe, make_recipe
@@ -102,8 +103,7 @@ def plan(recipe: Recipe, plugins: Plugins, engine: str = "graph") -> Plan:
     :param engine: whose memory is foretold.
     :raises LavintkError: the models cannot be found, or do not fit the recipe.
     """
-    model, _ = build_outline(recipe, plugins)
-    return plan_of(model, recipe, plugins, engine)
+    return plan_of(_outline(recipe, plugins), recipe, plugins, engine)
 
 
 def plan_of(
@@ -143,6 +143,12 @@ def plan_of(
         moved=float(OTHER_BYTES * tokens * hidden * layers),
         layers=layers,
     )
+
+
+def _outline(recipe: Recipe, plugins: Plugins) -> MultimodalModel:
+    """Return the recipe's model without values; of models on the hub only the configuration is fetched."""
+    names = {"language": recipe.model.language, "vision": recipe.model.vision}
+    return outline(recipe, plugins, {role: open_config(name) for role, name in names.items() if name is not None})
 
 
 def micro_batch_tokens(recipe: Recipe) -> int:
@@ -246,7 +252,7 @@ def fit(recipe: Recipe, plugins: Plugins, limit: int, engine: str = "graph") -> 
 
     :raises RecipeError: nothing suffices; says how much is lacking and what takes most.
     """
-    model, _ = build_outline(recipe, plugins)
+    model = _outline(recipe, plugins)
     smallest, least = None, None
     for changes in _changes(recipe):
         changed = make_recipe(recipe.dump(), changes) if changes else recipe

@@ -373,3 +373,12 @@ def test_the_cache_directory_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.delenv("LAVINTK_CACHE")
     assert cache_folder().name == "lavintk"
     assert cache_folder().is_absolute()
+
+
+def test_for_a_plan_only_the_configuration_is_fetched_from_the_hub(hub: dict[str, Any]) -> None:
+    folder = catalog.locate_config("acme/tiny")
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert not any("safetensors" in request for request in hub["requests"])
+    whole = catalog.locate("acme/tiny")  # later all of it, in spite of what is there already
+    assert (whole / "model.safetensors").is_file()
+    assert catalog.locate_config("acme/tiny") == whole

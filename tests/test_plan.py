@@ -135,6 +135,16 @@ def test_a_recipe_is_changed_only_as_far_as_it_takes_to_fit(tiny_folder: Path) -
         fit(recipe, plugins, GIB // 10)
 
 
+def test_a_configuration_alone_is_enough_for_a_plan(tiny_folder: Path, tmp_path: Path) -> None:
+    content, plugins = multimodal(tiny_folder), installed_plugins()
+    expected = plan(make_recipe(content), plugins)
+    for part, folder in (("language", tiny_folder / "llm"), ("vision", tiny_folder / "vit")):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_bytes((folder / "config.json").read_bytes())
+        content["model"] |= {part: str(tmp_path / part)}
+    assert plan(make_recipe(content), plugins) == expected
+
+
 @pytest.mark.parametrize(("text", "gib"), [("8GB", 8.0), ("7.5 GiB", 7.5), ("24g", 24.0)])
 def test_sizes_are_read_as_on_the_box(text: str, gib: float) -> None:
     assert parse_size(text) == gib * GIB

@@ -110,6 +110,15 @@ def build_outline(recipe: Recipe, plugins: Plugins) -> tuple[MultimodalModel, di
     :raises LavintkError: as :func:`build`, as far as it shows without reading weights.
     """
     sources, _, _ = _open(recipe)
+    return outline(recipe, plugins, sources), _fingerprints(sources)
+
+
+def outline(recipe: Recipe, plugins: Plugins, sources: Mapping[str, WeightSource]) -> MultimodalModel:
+    """Return the model of a recipe on the meta device, its adapter attached: names and shapes.
+
+    :param sources: ``"language"`` and, with a tower, ``"vision"``.
+    :raises LavintkError: as :func:`build`, as far as it shows without reading weights.
+    """
     language: Any = outline_language_model(sources["language"])
     tower, connector = None, None
     if "vision" in sources:
@@ -119,7 +128,7 @@ def build_outline(recipe: Recipe, plugins: Plugins) -> tuple[MultimodalModel, di
     model = MultimodalModel(language, tower, connector)
     if recipe.adapter is not None:
         model.attach(plugins.adapters.create(recipe.adapter))
-    return model, _fingerprints(sources)
+    return model
 
 
 def _fingerprints(sources: Mapping[str, WeightSource]) -> dict[str, dict[str, str]]:

@@ -11,6 +11,7 @@ from typing import Literal
 from lavintk.cache import cache_folder
 from lavintk.errors import DownloadError, ModelError, UnknownNameError
 from lavintk.models.download import (
+    CONFIG_FILES,
     WheelMember,
     cached_snapshot,
     download_snapshot,
@@ -122,6 +123,16 @@ def fetch_model(name: str) -> Path:
     if entry.packaged is not None:
         raise ModelError(f"{name} should be part of the package, but {ASSETS / entry.packaged} is missing: reinstall")
     raise DownloadError(f"{name} is not on this machine, and the hub ({entry.hub_id}) does not answer")
+
+
+def locate_config(reference: str) -> Path:
+    """Return what :func:`locate` does, but of a model on the hub that is not here only the configuration.
+
+    :raises LavintkError: as :func:`locate`.
+    """
+    if Path(reference).expanduser().exists() or reference in CATALOG or not _HUB_ID.fullmatch(reference):
+        return locate(reference)
+    return cached_snapshot(reference) or hub_snapshot(reference, files=CONFIG_FILES)
 
 
 def locate(reference: str | Path, *, revision: str | None = None) -> Path:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -45,6 +45,8 @@ HUB_FILES = (
 )
 """What is fetched of a hub repository: configuration, weights, tokenizer and processor."""
 
+CONFIG_FILES = ("config.json",)
+"""What is needed to know a model's names and shapes."""
 HUB_FILES_LEFT_OUT = ("*/*", "consolidated*", "adapter_model*")
 """Weights that some repositories hold a second time, in another layout."""
 
@@ -148,8 +150,10 @@ def holds_weights(folder: Path) -> bool:
     return all((folder / shard).is_file() for shard in shards)
 
 
-def hub_snapshot(hub_id: str, revision: str | None = None) -> Path:
+def hub_snapshot(hub_id: str, revision: str | None = None, files: Sequence[str] = HUB_FILES) -> Path:
     """Return the folder of a hub repository, downloaded unless a complete copy is in Hugging Face's cache.
+
+    :param files: patterns of what is wanted.
 
     :raises DownloadError: the hub cannot be reached (known after :data:`PROBE_SECONDS`), or breaks off.
     :raises ModelError: there is no such repository or revision, or it is not open to this user.
@@ -168,11 +172,11 @@ def hub_snapshot(hub_id: str, revision: str | None = None) -> Path:
             f"{PROBE_SECONDS:.0f} s. Check the connection (HF_ENDPOINT, HTTPS_PROXY), or give a local folder "
             "or .gguf file."
         )
-    return download_snapshot(hub_id, revision)
+    return download_snapshot(hub_id, revision, files)
 
 
-def download_snapshot(hub_id: str, revision: str | None = None) -> Path:
-    """Download the :data:`HUB_FILES` of a hub repository into Hugging Face's cache; return their folder.
+def download_snapshot(hub_id: str, revision: str | None = None, files: Sequence[str] = HUB_FILES) -> Path:
+    """Download ``files`` of a hub repository into Hugging Face's cache; return their folder.
 
     :raises DownloadError: the hub breaks off.
     :raises ModelError: there is no such repository or revision, or it is not open to this user.
@@ -187,7 +191,7 @@ def download_snapshot(hub_id: str, revision: str | None = None) -> Path:
                 hub_id,
                 revision=revision,
                 endpoint=hub_endpoint(),
-                allow_patterns=list(HUB_FILES),
+                allow_patterns=list(files),
                 ignore_patterns=list(HUB_FILES_LEFT_OUT),
             )
         )
@@ -207,7 +211,7 @@ def download_snapshot(hub_id: str, revision: str | None = None) -> Path:
             f"{asked} could not be downloaded: {type(error).__name__}: {error}\n"
             "What has arrived is kept: run the command again to go on."
         ) from error
-    if not holds_weights(folder):
+    if files == HUB_FILES and not holds_weights(folder):
         found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise ModelError(
             f"{asked} has no config.json with safetensors (found: {found}). lavintk does not read pickled "

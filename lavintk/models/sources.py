@@ -280,19 +280,7 @@ class SafetensorsSource(FileSource):
 
     def config(self) -> PretrainedConfig:
         """Return the configuration in ``config.json``."""
-        from transformers import AutoConfig
-
-        try:
-            config: PretrainedConfig = AutoConfig.from_pretrained(
-                self.path, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # transformers validates with exceptions of many kinds
-            kind, reason = _read_config(self.path).get("model_type"), str(error).partition("\n")[0]
-            raise ModelError(
-                f"transformers cannot use config.json of {self.description} (model_type {kind!r}): {reason}\n"
-                "lavintk runs no code that comes with a model; it needs one that transformers knows."
-            ) from error
-        return config
+        return read_model_config(self.path, self.description)
 
     def _add_file(self, file: Path) -> list[str]:
         """Take in the header of one file; return its faults."""
@@ -327,6 +315,25 @@ def read_header(file: Path) -> tuple[int, dict[str, StoredTensor]]:
         begin, end = entry["data_offsets"]
         tensors[name] = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), file, length + begin, end - begin)
     return length, tensors
+
+
+def read_model_config(folder: Path, description: str) -> PretrainedConfig:
+    """Return the configuration in ``folder``'s ``config.json``.
+
+    :param description: what messages call the folder.
+    :raises ModelError: transformers does not know the model, or it needs code of its own.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers validates with exceptions of many kinds
+        kind, reason = _read_config(folder).get("model_type"), str(error).partition("\n")[0]
+        raise ModelError(
+            f"transformers cannot use config.json of {description} (model_type {kind!r}): {reason}\n"
+            "lavintk runs no code that comes with a model; it needs one that transformers knows."
+        ) from error
+    return config
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lavintk.contracts import Adapter, AffineUpdate
+from lavintk.contracts import Adapter, AffineUpdate, ApproximateGradient
 from lavintk.data.batch import IMAGE, TEXT, Batch
 from lavintk.errors import CheckpointError, NotAffineError
 from lavintk.layers import DenseLinear
@@ -144,6 +144,10 @@ class _Questions:
         self._slope()
 
     def _slope(self) -> None:
+        adapter = self.make()
+        if isinstance(adapter, ApproximateGradient) and adapter.inexact_gradient:
+            self.promises.skip("Adapter.named_parameters", f"the gradient: {adapter.inexact_gradient}")
+            return
         with self.promises.keep("Adapter.named_parameters", "get the gradient of the loss") as promise:
             model, adapter = self.attached()
             batch, own = tiny_batch(model, self.every), [p for _, p in adapter.named_parameters()]
