@@ -34,8 +34,9 @@ from lavintk.contracts import RunInfo, StepInfo
 from lavintk.data.batch import Batch
 from lavintk.data.batches import BatchLoader, ImageCache, make_batches
 from lavintk.data.images import check_images
-from lavintk.data.pack import GRAIN, repack, round_up
+from lavintk.data.pack import GRAIN, round_up
 from lavintk.data.records import ImageSource, Record
+from lavintk.data.steps import StepOrder
 from lavintk.data.tokenize import TokenizedRecord, tokenize_all
 from lavintk.devices import describe, enough_memory, peak_memory, pick_device, pick_precision
 from lavintk.engine import EagerEngine, Engine, NotRecordableError, choose_engine
@@ -126,6 +127,7 @@ class Trainer:
     assembly: Assembly
     optimizer: torch.optim.Optimizer
     engine: Engine
+    order: StepOrder
     read_image: ImageCache | None
     rows: list[TokenizedRecord]
     validation: list[TokenizedRecord]
@@ -158,11 +160,11 @@ class Trainer:
         data = self.recipe.data
         keep_features(self.assembly, self._images(), data.cache_features, self.console, workers=data.workers)
         trainable = count_parameters(self.assembly.model.trainable())
-        self.info = RunInfo(self.run.folder, self.recipe.name, self.recipe.dump(), self.total_steps, trainable)
+        self.info = RunInfo(self.run.folder, self.recipe.name, self.recipe.dump(), self.order.total, trainable)
         self.run.use(self.assembly)
         self.run.record(
             status="running", device=describe(self.device), precision=str(self.dtype).removeprefix("torch."),
-            base=self.assembly.base, trainable_parameters=trainable, total_steps=self.total_steps,
+            base=self.assembly.base, trainable_parameters=trainable, total_steps=self.order.total,
             recipe=self.recipe.dump(), **self._facts,
         )  # fmt: skip
         self._call("lavintk_run_started")
@@ -260,21 +262,9 @@ class Trainer:
             foretold = plan_of(self.assembly.model, self.recipe, self.plugins, self.engine.name, capacity)
             self._facts["predicted_memory_bytes"] = foretold.allocated
         packs = self.engine.name == "graph" if settings.pack == "auto" else settings.pack
-        self._capacity = capacity if packs else None
-        plan = self._plan(epoch=0)
-        micro_batches, tokens = sum(map(len, plan)), sum(map(len, self.rows))
-        packed = f", {micro_batches} packs of {capacity} tokens, {tokens / micro_batches / capacity:.0%} full"
-        slower = f" ({reason})" if reason and self.device.type == "cuda" else ""
-        self.console.print(f"engine {self.engine.name}{slower}{packed if packs else ''}")
-
-    def _plan(self, epoch: int) -> list[list[list[int]]]:
-        """Return the rows of an epoch: for each optimizer step its micro-batches of indices."""
-        settings = self.recipe.train
-        batches = make_batches(self.rows, batch_size=settings.batch_size, seed=settings.seed, epoch=epoch)
-        windows = [batches[i : i + settings.accumulate] for i in range(0, len(batches), settings.accumulate)]
-        if self._capacity is None:
-            return windows
-        return [repack(self.rows, window, self._capacity) for window in windows]
+        self.order = StepOrder(self.rows, settings, capacity if packs else None)
+        said = [f"engine {self.engine.name}{f' ({reason})' if reason and self.device.type == 'cuda' else ''}"]
+        self.console.print(", ".join([*said, *filter(None, [self.order.describe()])]))
 
     def _loader(self, rows: list[TokenizedRecord], plan: list[list[int]]) -> BatchLoader:
         find_features, workers = self.assembly.find_features, self.recipe.data.workers
@@ -282,14 +272,7 @@ class Trainer:
 
     def _images(self) -> dict[ImageSource, str]:
         """Return the images of the rows still to come and of validation and test, each with a record that has it."""
-        ahead: set[int] = set()
-        step = self.state.step
-        while step < self.total_steps and len(ahead) < len(self.rows):
-            epoch, offset = divmod(step, self.steps_per_epoch)
-            windows = self._plan(epoch)[offset:][: self.total_steps - step]
-            ahead.update(index for window in windows for batch in window for index in batch)
-            step += len(windows)
-        owners: list[Record | TokenizedRecord] = [self.rows[index] for index in sorted(ahead)]
+        owners: list[Record | TokenizedRecord] = [self.rows[index] for index in self.order.rows_from(self.state.step)]
         owners += [*self.validation, *self.test]
         return {source: owner.id for owner in owners for source in owner.images}
 
@@ -308,35 +291,23 @@ class Trainer:
         newest = checkpoints(self.run.folder)[-1]
         self.state = load_checkpoint(newest, self.assembly.model, self.optimizer, self.scaler)
         self._saved_step = self.state.step
-        self.console.print(f"resuming after step {self.state.step} of {self.total_steps}")
+        self.console.print(f"resuming after step {self.state.step} of {self.order.total}")
 
     # -- training --------------------------------------------------------------------------------------------------
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps that see every row once."""
-        micro_batches = -(-len(self.rows) // self.recipe.train.batch_size)
-        return -(-micro_batches // self.recipe.train.accumulate)
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        settings = self.recipe.train
-        return settings.max_steps or max(1, round(settings.epochs * self.steps_per_epoch))
 
     def fit(self) -> str:
         """Take the remaining optimizer steps; return how it ended."""
         self.assembly.model.train()
         status = "finished"
         started = time.monotonic() - self.state.seconds
-        display = TrainingDisplay(self.console, self.total_steps, self.state.step)
+        display = TrainingDisplay(self.console, self.order.total, self.state.step)
         notice = "stopping after this step; Ctrl-C once more stops at once, without saving it"
         with interruptible(lambda: display.say(notice)) as interrupted, display:
             for window in self.windows():
                 info = self.step(window, started)
                 display.update(info)
                 self._log(info)
-                last = self.state.step == self.total_steps
+                last = self.state.step == self.order.total
                 if last or self._due(self.recipe.train.eval_every):
                     self._validate(display)
                 if interrupted():
@@ -352,14 +323,10 @@ class Trainer:
 
     def windows(self) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each remaining optimizer step; the order depends on seed and epoch alone."""
-        while self.state.step < self.total_steps:
-            epoch, offset = divmod(self.state.step, self.steps_per_epoch)
-            plan = self._plan(epoch)[offset:]
+        for plan in self.order.epochs_from(self.state.step):
             loader = iter(self._loader(self.rows, [batch for window in plan for batch in window]))
             for window in plan:
                 yield [next(loader) for _ in window]
-                if self.state.step == self.total_steps:
-                    return
 
     def step(self, window: list[Batch], started: float) -> StepInfo:
         """Take one optimizer step over ``window``; every labelled token of the window weighs the same.
@@ -370,7 +337,7 @@ class Trainer:
         settings, step = self.recipe.train, self.state.step
         begun = time.monotonic()
         rate = learning_rate(
-            step, self.total_steps, peak=settings.lr, lowest=settings.min_lr, schedule=settings.schedule,
+            step, self.order.total, peak=settings.lr, lowest=settings.min_lr, schedule=settings.schedule,
             warmup=settings.warmup,
         )  # fmt: skip
         for group in self.optimizer.param_groups:
@@ -394,9 +361,9 @@ class Trainer:
         self.state.seconds = now - started
         tokens, samples = sum(b.tokens for b in window), sum(len(b.lengths) for b in window)
         return StepInfo(
-            self.state.step, self.state.step / self.steps_per_epoch, loss, rate, float(norm), tokens,
+            self.state.step, self.state.step / self.order.per_epoch, loss, rate, float(norm), tokens,
             tokens / (now - begun), samples / (now - begun), peak_memory(self.device),
-            self.state.seconds / self.state.step * (self.total_steps - self.state.step),
+            self.state.seconds / self.state.step * (self.order.total - self.state.step),
         )  # fmt: skip
 
     def _backward(self, window: list[Batch], labelled: int) -> list[torch.Tensor]:
@@ -417,7 +384,7 @@ class Trainer:
 
     def _due(self, every: int | None) -> bool:
         """Whether something is due after this step: every so many steps, or at the end of each epoch."""
-        return self.state.step % (every or self.steps_per_epoch) == 0
+        return self.state.step % (every or self.order.per_epoch) == 0
 
     def _validate(self, display: TrainingDisplay) -> None:
         if not self.validation:
@@ -438,7 +405,7 @@ class Trainer:
         self._call("lavintk_evaluation_finished", step=self.state.step, name="loss", scores={"loss": loss})
 
     def _log(self, info: StepInfo) -> None:
-        if info.step % self.recipe.train.log_every == 0 or info.step == self.total_steps:
+        if info.step % self.recipe.train.log_every == 0 or info.step == self.order.total:
             _write_lines(self.run.folder / METRICS, [vars(info)], append=True)
             self._call("lavintk_step_finished", step=info)
 

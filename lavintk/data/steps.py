@@ -1,0 +1,70 @@
+"""Which rows each optimizer step of a run takes, and in which micro-batches.
+
+All of it follows from the rows and the recipe, so a resumed run goes on where it stopped without anything stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lavintk.data.batches import make_batches
+from lavintk.data.pack import repack
+from lavintk.data.tokenize import TokenizedRecord
+from lavintk.recipe import TrainSection
+
+Window = list[list[int]]
+"""The micro-batches of an optimizer step, as indices of rows."""
+
+
+class StepOrder:
+    """The optimizer steps of a run.
+
+    :param capacity: tokens of a packed micro-batch; None leaves micro-batches as they are.
+    """
+
+    def __init__(self, rows: Sequence[TokenizedRecord], settings: TrainSection, capacity: int | None = None) -> None:
+        self.rows, self.settings, self.capacity = rows, settings, capacity
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps that see every row once."""
+        micro_batches = -(-len(self.rows) // self.settings.batch_size)
+        return -(-micro_batches // self.settings.accumulate)
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        return self.settings.max_steps or max(1, round(self.settings.epochs * self.per_epoch))
+
+    def epoch(self, number: int) -> list[Window]:
+        """Return the steps of an epoch."""
+        settings = self.settings
+        batches = make_batches(self.rows, batch_size=settings.batch_size, seed=settings.seed, epoch=number)
+        windows = [batches[i : i + settings.accumulate] for i in range(0, len(batches), settings.accumulate)]
+        if self.capacity is None:
+            return windows
+        return [repack(self.rows, window, self.capacity) for window in windows]
+
+    def epochs_from(self, step: int) -> Iterator[list[Window]]:
+        """Yield the steps behind the first ``step`` ones, epoch by epoch."""
+        while step < self.total:
+            number, offset = divmod(step, self.per_epoch)
+            windows = self.epoch(number)[offset:][: self.total - step]
+            yield windows
+            step += len(windows)
+
+    def rows_from(self, step: int) -> list[int]:
+        """Return the rows that the steps behind the first ``step`` ones will see, in their own order."""
+        ahead: set[int] = set()
+        for windows in self.epochs_from(step):
+            ahead.update(index for window in windows for batch in window for index in batch)
+            if len(ahead) == len(self.rows):
+                break
+        return sorted(ahead)
+
+    def describe(self) -> str:
+        """Return how full the packs are, or an empty text without packs."""
+        if self.capacity is None:
+            return ""
+        packs, tokens = sum(map(len, self.epoch(0))), sum(map(len, self.rows))
+        return f"{packs} packs of {self.capacity} tokens, {tokens / packs / self.capacity:.0%} full"
