@@ -282,6 +282,11 @@ def test_a_run_trains_goes_on_and_exports_merged(tiny_llm: TinyModel, tmp_path: 
     check_exporter(lambda: exporters.create(Choice("hf")), run)
     exporters.create(Choice("peft")).export(run, tmp_path / "peft")
     assert load_file(tmp_path / "peft/adapter_model.safetensors").keys() == saved.keys()
+    (tmp_path / "onnx").mkdir()
+    exporters.create(Choice("onnx")).export(run, tmp_path / "onnx")
+    (form,) = (json.loads(path.read_text()) for path in (tmp_path / "onnx").glob("lavintk*.json"))
+    assert form["adapter"]["form"] == "merge"
+    assert "no less room than the weights" in form["adapter"]["reason"]
 
 
 def test_the_plugin_is_imported_without_peft_and_torch() -> None:

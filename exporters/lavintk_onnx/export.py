@@ -147,6 +147,8 @@ class OnnxExporter:
         """Return whether to merge, and why: what leaves the weights nearer to the trained ones in the first layer."""
         if model.adapter is None or self.options.adapter != "auto":
             return self.options.adapter == "merge", "as asked"
+        if any(u.up.numel() + u.down.numel() >= len(u.up) * u.down.shape[1] for u in updates.coming):
+            return True, "beside the base it would take no less room than the weights"
         merged, side = _errors_of_forms(model.linears(), updates.coming, grid)
         if merged is None or side is None:
             return True, "it changes no linear layer"

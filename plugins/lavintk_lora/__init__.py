@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lavintk import hookimpl
+from lavintk.targets import HELP
 
 if TYPE_CHECKING:
     from lavintk.contracts import Adapter
@@ -29,14 +30,7 @@ class LoraOptions:
     r: int = field(default=16, metadata={"help": "rank of each update"})
     alpha: int = field(default=32, metadata={"help": "the update is scaled by alpha / r"})
     dropout: float = field(default=0.0, metadata={"help": "on the input of the update, in training"})
-    targets: str = field(
-        default="all",
-        metadata={
-            "help": "layers to change, separated by commas (by + on the command line): all (the q, k, v, o, "
-            "gate, up and down projections of the language model), leaf names such as q_proj, or patterns on "
-            "whole names such as language.*.layers.1?.*; the vision tower only by a pattern like vision.*"
-        },
-    )
+    targets: str = field(default="all", metadata={"help": HELP})
     rslora: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(r) instead"})
     init: Literal["default"] = field(
         default="default", metadata={"help": "start values; default: A Kaiming-uniform, B zero"}

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from lavintk.contracts import AffineUpdate
 from lavintk.layers import FrozenLinear, has_hooks
+from lavintk.targets import peft_targets, select_linears
 from lavintk_lora.files import load_lora, save_lora
 from lavintk_lora.fused import lora_products
-from lavintk_lora.targets import peft_targets, select_linears
 
 if TYPE_CHECKING:
     from lavintk.models.multimodal import MultimodalModel
@@ -83,7 +83,7 @@ class LoraAdapter:
         :raises ModelError: a target fits no layer; the message lists the known names.
         """
         linears = model.linears()
-        selected = select_linears(self.options.targets, linears)
+        selected = select_linears(self.options.targets, linears, "lora")
         self._peft_targets = peft_targets(selected, linears)
         for name in selected:
             self.layers[name] = LoraLinear(linears[name], self.options)

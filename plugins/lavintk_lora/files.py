@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lavintk.errors import CheckpointError
-from lavintk_lora.targets import LANGUAGE
+from lavintk.targets import LANGUAGE
 
 if TYPE_CHECKING:
     from lavintk_lora import LoraOptions
