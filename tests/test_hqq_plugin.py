@@ -136,9 +136,9 @@ def test_weights_in_several_pieces_are_as_exact_as_in_one(monkeypatch: pytest.Mo
 
 @needs_hqq
 def test_groups_that_overflow_in_the_package_lie_on_their_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lavintk_hqq import quantizer
+    from hqq.core.quantize import Quantizer
 
-    original = quantizer.HalfQuadratic.quantize
+    original = Quantizer.quantize
 
     def overflowing(*arguments: Any, **options: Any) -> Any:
         codes, meta = original(*arguments, **options)
@@ -147,7 +147,7 @@ def test_groups_that_overflow_in_the_package_lie_on_their_range(monkeypatch: pyt
         return codes, meta
 
     weight = make_weight(8, 64)
-    monkeypatch.setattr(quantizer.HalfQuadratic, "quantize", overflowing)
+    monkeypatch.setattr(Quantizer, "quantize", overflowing)
     found = create("hqq").quantize(weight, None).dequantize()
     low, high = weight[3].min(), weight[3].max()
     step = (high - low) / 15
