@@ -178,6 +178,7 @@ class WholeBlocksAdEMAMix(ademamix.AdEMAMix):
     """
 
     def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+        """Return the parameter's settings, with 32 bits where its blocks are not whole."""
         config: dict[str, Any] = super().get_config(gindex, pindex, group)  # type: ignore[no-untyped-call]
         if group["params"][pindex].numel() % BLOCK:
             config["optim_bits"] = 32
