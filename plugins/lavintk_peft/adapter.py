@@ -161,7 +161,8 @@ def _wrapped(linears: Mapping[str, FrozenLinear], options: PeftOptions, targets:
     try:
         with warnings.catch_warnings():
             if options.method == "boft":  # it looks for a CUDA extension that only other settings would use
-                warnings.filterwarnings("ignore", "Failed to load the CUDA extension|Setting boft_n_butterfly_factor")
+                noise = "Failed to load the CUDA extension|Setting boft_n_butterfly_factor|The distutils package"
+                warnings.filterwarnings("ignore", noise)
             return peft.get_peft_model(cast(Any, view_of(linears)), config, NAME)
     except (TypeError, ValueError) as error:
         raise ModelError(f"PEFT cannot put method={options.method} on the chosen layers: {error}") from error
