@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, PretrainedConfig
+from transformers import CLIPVisionConfig, LlamaConfig, PretrainedConfig
+
+from lavintk.models.config_source import ConfigSource
 
 LANGUAGE = {
     "1b": LlamaConfig(
@@ -23,52 +23,16 @@ CLIP_LARGE = CLIPVisionConfig(
 )  # fmt: skip
 
 
-@dataclass
-class RandomSource:
+class RandomSource(ConfigSource):
     """A weight source that draws each tensor when it is read, 16-bit, on ``device``."""
 
-    settings: PretrainedConfig
-    device: torch.device
-    description: str = "random weights"
-
-    def __post_init__(self) -> None:
-        with torch.device("meta"):
-            if isinstance(self.settings, CLIPVisionConfig):
-                model = CLIPVisionModel(self.settings)
-            else:
-                model = AutoModelForCausalLM.from_config(self.settings)
-        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-
-    def config(self) -> PretrainedConfig:
-        """Return the configuration."""
-        return self.settings
-
-    def names(self) -> list[str]:
-        """Return the parameter names."""
-        return list(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor."""
-        return self._shapes[name]
-
-    def tensor_nbytes(self, name: str) -> int:
-        """Return the bytes of a tensor."""
-        return 2 * torch.Size(self._shapes[name]).numel()
-
-    def nbytes(self) -> int:
-        """Return the bytes of all tensors."""
-        return sum(map(self.tensor_nbytes, self._shapes))
+    def __init__(self, settings: PretrainedConfig, device: torch.device) -> None:
+        super().__init__(settings, "random weights")
+        self.device = device
 
     def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
         """Draw a tensor: norms near 1, the rest with a standard deviation of 0.02."""
-        shape = self._shapes[name]
+        shape = self.shape(name)
         if len(shape) == 1:
             return torch.ones(shape, dtype=torch.bfloat16, device=self.device)
         return torch.empty(shape, dtype=torch.bfloat16, device=self.device).normal_(std=0.02)
-
-    def fingerprint(self) -> str:
-        """Return a constant: random weights have no identity."""
-        return "random"
-
-    def close(self) -> None:
-        """Do nothing."""

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig
 
 from lavintk.errors import RecipeError
+from lavintk.models.config_source import ConfigSource
 from lavintk.models.connector import TapNeck
+from lavintk.models.language import outline_language_model, outline_vision_model
 from lavintk.models.multimodal import MultimodalModel
 from lavintk.models.vision import VisionTower
 from lavintk.plan import CARDS, GIB, fit, parse_size, plan, plan_of
@@ -40,23 +42,6 @@ MEASURED = [
 
 def outline(geometry: str, adapter: str) -> MultimodalModel:
     """A model without values: linear layers that say their size, and transformers' other modules."""
-    from lavintk.models.language import outline_language_model, outline_vision_model
-
-    class Shapes:
-        description = "shapes"
-
-        def __init__(self, config: Any, model: torch.nn.Module) -> None:
-            self._config, self._shapes = config, {n: tuple(p.shape) for n, p in model.named_parameters()}
-
-        def config(self) -> Any:
-            return self._config
-
-        def names(self) -> list[str]:
-            return list(self._shapes)
-
-        def shape(self, name: str) -> tuple[int, ...]:
-            return self._shapes[name]
-
     hidden, inner, layers = WIDTHS[geometry]
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=hidden // 128
@@ -65,13 +50,11 @@ def outline(geometry: str, adapter: str) -> MultimodalModel:
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
     )
     with torch.device("meta"):
-        from transformers import LlamaForCausalLM
-
-        language: Any = outline_language_model(Shapes(config, LlamaForCausalLM(config)))  # type: ignore[arg-type]
+        language: Any = outline_language_model(ConfigSource(config, "language"))
         if adapter == LORA:
             model = MultimodalModel(language)
         else:
-            tower = VisionTower(outline_vision_model(Shapes(clip, CLIPVisionModel(clip))), 4)  # type: ignore[arg-type]
+            tower = VisionTower(outline_vision_model(ConfigSource(clip, "tower")), 4)
             model = MultimodalModel(language, tower, TapNeck(1024, 128, hidden))
     model.attach(installed_plugins().adapters.create(Choice.parse(adapter)))
     return model

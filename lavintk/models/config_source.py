@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,25 +24,22 @@ def open_config(reference: str) -> WeightSource:
     """
     path = locate_config(reference)
     if path.is_dir() and (path / "config.json").is_file() and not holds_weights(path):
-        return ConfigSource(path)
+        return ConfigSource(read_model_config(path, str(path)), str(path))
     return open_source(path)
 
 
 class ConfigSource:
-    """Names and shapes of the model that transformers makes of ``config.json``.
+    """Names and shapes of the model that transformers makes of a configuration.
 
-    :param folder: holds ``config.json``.
+    :param description: what messages call it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.description = folder, str(folder)
+    def __init__(self, settings: PretrainedConfig, description: str) -> None:
+        self.settings, self.description = settings, description
 
     def config(self) -> PretrainedConfig:
-        """Return the configuration.
-
-        :raises ModelError: transformers does not know the model.
-        """
-        return read_model_config(self.folder, self.description)
+        """Return the configuration."""
+        return self.settings
 
     def names(self) -> list[str]:
         """Return the parameter names."""
@@ -83,8 +79,8 @@ class ConfigSource:
         for maker in makers:
             try:
                 with torch.device("meta"):
-                    model: torch.nn.Module = maker.from_config(self.config())
+                    model: torch.nn.Module = maker.from_config(self.settings)
             except ValueError:  # not a model of this kind
                 continue
             return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        raise ModelError(f"transformers makes no model of config.json in {self.description}")
+        raise ModelError(f"transformers makes no model of the configuration of {self.description}")
