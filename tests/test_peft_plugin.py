@@ -295,7 +295,9 @@ def test_the_plugin_is_imported_without_peft_and_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_boft_does_not_warn_of_a_compiler_that_it_does_not_need(llama: LlamaForCausalLM) -> None:
+def test_boft_looks_for_no_compiler(llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "setuptools", None)  # whoever imports it now fails
+    monkeypatch.delitem(sys.modules, "torch.utils.cpp_extension", raising=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         multimodal(llama).attach(made("boft"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -159,12 +160,27 @@ def _wrapped(linears: Mapping[str, FrozenLinear], options: PeftOptions, targets:
     """
     config = _make_config(options, targets)
     try:
-        with warnings.catch_warnings():
-            if options.method == "boft":  # it looks for a compiler that only other settings use, and that warns a lot
-                warnings.simplefilter("ignore")
+        with _without_a_compiler():
             return peft.get_peft_model(cast(Any, view_of(linears)), config, NAME)
     except (TypeError, ValueError) as error:
         raise ModelError(f"PEFT cannot put method={options.method} on the chosen layers: {error}") from error
+
+
+@contextmanager
+def _without_a_compiler() -> Iterator[None]:
+    """Keep BOFT from compiling its CUDA extension.
+
+    Only butterfly factors above 1 gain by it. To look for it PEFT imports setuptools, which fails in a process that has
+    imported distutils before.
+    """
+    from peft.tuners.boft import layer
+
+    untyped: Any = layer
+    search, untyped.get_fbd_cuda = untyped.get_fbd_cuda, lambda: None
+    try:
+        yield
+    finally:
+        untyped.get_fbd_cuda = search
 
 
 def _folder_of(part: Part, folder: Path) -> Path:
