@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, Literal
@@ -45,7 +45,7 @@ Setting = Literal["auto", True, False]
 
 def keep_features(
     assembly: Assembly,
-    images: Mapping[ImageSource, str],
+    find_images: Callable[[], Mapping[ImageSource, str]],
     setting: Setting,
     console: Console,
     *,
@@ -55,14 +55,14 @@ def keep_features(
 
     The tower is then set aside, on the host; images that are not among these bring it back.
 
-    :param images: images, each with the id of a record that has it.
+    :param find_images: returns images, each with the id of a record that has it; called where there is a tower.
     :param setting: ``auto`` leaves pixels in place where features cannot be kept; True makes that an error.
     :raises RecipeError: True, and the tower is not the same in each step.
     :raises RunError: True, and the disk cannot hold the features.
     :raises DataError: an image cannot be read.
     """
     model = assembly.model
-    if setting is False or model.vision is None or assembly.images is None or not images:
+    if setting is False or model.vision is None or assembly.images is None or not (images := find_images()):
         return
     if reason := why_not_the_same(model):
         if setting is True:

@@ -7,6 +7,7 @@ there is none, and the manifest says under ``imported`` where everything came fr
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from lavintk.registry import Choice
 
 if TYPE_CHECKING:
     from lavintk.models.multimodal import MultimodalModel
+    from lavintk.recipe import Recipe
     from lavintk.run import Run
 
 MODEL_CONFIG = "config.json"
@@ -34,11 +36,9 @@ def import_model(model: Path, out: Path, *, peft: Path | None = None, data: Choi
     :raises ModelError: the model is of an unknown kind, or no plugin reads the adapter.
     :raises CheckpointError: files are missing, damaged, or do not fit each other; all faults listed.
     """
-    from lavintk.checkpoints import save_model
     from lavintk.models.build import build_outline
     from lavintk.plugins import installed_plugins
     from lavintk.recipe import make_recipe
-    from lavintk.run import Run
 
     if not (model / MODEL_CONFIG).is_file():
         found = f"has no {MODEL_CONFIG}" if model.is_dir() else "is no folder"
@@ -57,15 +57,28 @@ def import_model(model: Path, out: Path, *, peft: Path | None = None, data: Choi
         raise ModelError(str(error) if peft is None else f"{peft} on {model}: {error}") from error
     if peft is not None:
         _load_adapter(outline, peft)
-    run = Run.create(out, recipe)
-    try:
-        save_model(out, outline, base["language"]["source"])
-    except LavintkError:
-        run.discard()
-        raise
+    run = create_with(outline, out, recipe, base)
     read = None if peft is None else {"folder": str(peft), "sha256": _sha256(peft), "read_as": str(adapter)}
     del run.manifest["started"]  # a training's
     run.record(status="imported", base=base, imported={"model": str(model), "adapter": read})
+    return run
+
+
+def create_with(model: MultimodalModel, out: Path, recipe: Recipe, base: Mapping[str, Mapping[str, str]]) -> Run:
+    """Return the new run ``out`` with what is trained in ``model`` saved in it; without a folder if that fails.
+
+    :param base: fingerprints of the frozen models by role.
+    :raises LavintkError: ``out`` is in use, or cannot be written.
+    """
+    from lavintk.checkpoints import save_model
+    from lavintk.run import Run
+
+    run = Run.create(out, recipe)
+    try:
+        save_model(out, model, base["language"]["source"])
+    except LavintkError:
+        run.discard()
+        raise
     return run
 
 

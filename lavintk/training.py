@@ -158,7 +158,7 @@ class Trainer:
         if resume:
             self._resume()
         data = self.recipe.data
-        keep_features(self.assembly, self._images(), data.cache_features, self.console, workers=data.workers)
+        keep_features(self.assembly, self._images, data.cache_features, self.console, workers=data.workers)
         trainable = count_parameters(self.assembly.model.trainable())
         self.info = RunInfo(self.run.folder, self.recipe.name, self.recipe.dump(), self.order.total, trainable)
         self.run.use(self.assembly)
@@ -372,6 +372,7 @@ class Trainer:
                 return self.engine.backward(window, labelled, self.state.step)
             except NotRecordableError as error:
                 self._go_on_eagerly(str(error))
+                self.optimizer.zero_grad(set_to_none=False)
                 return self.engine.backward(window, labelled, self.state.step)
 
     def _go_on_eagerly(self, reason: str) -> None:

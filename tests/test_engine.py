@@ -56,11 +56,17 @@ def test_lavins_own_way_of_routing_is_not_recorded(monkeypatch: pytest.MonkeyPat
 
 
 class Unrecordable:
-    """An engine that finds out in the first step that it cannot."""
+    """An engine that finds out within the first step, when it has added some gradients, that it cannot."""
 
     name = "graph"
 
+    def __init__(self, model: MultimodalModel) -> None:
+        self.model = model
+
     def backward(self, window: Sequence[Batch], labelled: int, step: int) -> list[Tensor]:
+        for parameter in self.model.trainable().values():
+            assert parameter.grad is not None
+            parameter.grad += 1.0
         raise NotRecordableError("an operation cannot be recorded: it waits")
 
 
@@ -68,8 +74,8 @@ class Unrecordable:
 def test_a_model_that_cannot_be_recorded_goes_on_eagerly_unless_a_graph_was_asked_for(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
 ) -> None:
-    def choose(*_: Any) -> tuple[Unrecordable, str]:
-        return Unrecordable(), ""
+    def choose(_: str, model: MultimodalModel, *rest: Any) -> tuple[Unrecordable, str]:
+        return Unrecordable(model), ""
 
     expected = lavintk.train(recipe(tiny_folder, max_steps=2), tmp_path / "eager")
     monkeypatch.setattr(lavintk.training, "choose_engine", choose)

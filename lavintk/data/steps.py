@@ -24,6 +24,7 @@ class StepOrder:
 
     def __init__(self, rows: Sequence[TokenizedRecord], settings: TrainSection, capacity: int | None = None) -> None:
         self.rows, self.settings, self.capacity = rows, settings, capacity
+        self._latest: tuple[int, list[Window]] | None = None
 
     @property
     def per_epoch(self) -> int:
@@ -37,7 +38,12 @@ class StepOrder:
         return self.settings.max_steps or max(1, round(self.settings.epochs * self.per_epoch))
 
     def epoch(self, number: int) -> list[Window]:
-        """Return the steps of an epoch."""
+        """Return the steps of an epoch; the latest one asked for is kept, since a start asks several times."""
+        if self._latest is None or self._latest[0] != number:
+            self._latest = number, self._make_epoch(number)
+        return self._latest[1]
+
+    def _make_epoch(self, number: int) -> list[Window]:
         settings = self.settings
         batches = make_batches(self.rows, batch_size=settings.batch_size, seed=settings.seed, epoch=number)
         windows = [batches[i : i + settings.accumulate] for i in range(0, len(batches), settings.accumulate)]

@@ -33,7 +33,7 @@ class Engine(Protocol):
 
         :param window: micro-batches on the host. :param step: optimizer steps taken before; dropout follows from it.
         :returns: each micro-batch's part of the mean loss, scalars on the device; their sum is the loss.
-        :raises NotRecordableError: the engine cannot compute this model after all; gradients are as they were.
+        :raises NotRecordableError: the engine cannot compute this model after all; gradients may hold a part.
         """
         ...
 

@@ -82,6 +82,7 @@ class GraphEngine:
         self._recorded: dict[PackShape, RecordedStep] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._seed = seed
+        self._trained = list(model.trainable().values())
 
     def backward(self, window: Sequence[Batch], labelled: int, step: int) -> list[Tensor]:
         """Add the window's gradients; see :class:`lavintk.engine.Engine`."""
@@ -102,7 +103,7 @@ class GraphEngine:
         return losses
 
     def _keep_gradients(self) -> None:
-        for parameter in self.model.trainable().values():
+        for parameter in self._trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 

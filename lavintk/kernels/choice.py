@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lavintk.errors import LavintkError, did_you_mean
 
-NAMES = ("dequantize_4bit", "dequantize_int4", "rms_norm", "rope", "swiglu")
-"""The kernels that :data:`VARIABLE` can name."""
+NAMES = ("dequantize", "rms_norm", "rope", "swiglu")
+"""The kernels that :data:`VARIABLE` can name; ``dequantize`` stands for those of all quantizers."""
 VARIABLE = "LAVINTK_KERNELS"
 """Environment variable: ``all`` (the default), ``none``, or names of kernels, separated by commas."""
 TYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -18,6 +18,8 @@ from lavintk.models.attention import AttentionPlan, PackPlan
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
 """Families whose decoder layer is computed here; the layers of others run as transformers wrote them."""
+_LAYERS = frozenset(f"{family}DecoderLayer" for family in FAMILIES)
+_NORMS = frozenset(f"{family}RMSNorm" for family in FAMILIES)
 
 
 class FrozenRMSNorm(nn.Module):
@@ -54,15 +56,14 @@ class Place:
 
 def is_known(layer: nn.Module) -> bool:
     """Whether :func:`run_layer` computes what the layer's own ``forward`` does."""
-    return type(layer).__name__ in {f"{family}DecoderLayer" for family in FAMILIES}
+    return type(layer).__name__ in _LAYERS
 
 
 def replace_norms(model: nn.Module) -> None:
     """Put :class:`FrozenRMSNorm` in the place of the RMS norms of known families."""
-    known = {f"{family}RMSNorm" for family in FAMILIES}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child).__name__ in known:
+            if type(child).__name__ in _NORMS:
                 norm: Any = child
                 setattr(parent, name, FrozenRMSNorm(norm.weight, norm.variance_epsilon))
 

@@ -389,7 +389,7 @@ def _byte_values(scheme: Scheme) -> Tensor:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _kernel_runs(device: torch.device) -> bool:
     """Whether our own kernel, in place of bitsandbytes', is switched on and runs on ``device``."""
-    return enabled("dequantize_4bit") and not problem(device)
+    return enabled("dequantize") and not problem(device)
 
 
 @functools.cache

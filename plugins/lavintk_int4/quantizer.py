@@ -208,7 +208,7 @@ class Int4Linear(FrozenLinear):
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _kernel_runs(device: torch.device) -> bool:
     """Whether the Triton kernel is switched on and runs on ``device``."""
-    return enabled("dequantize_int4") and not problem(device)
+    return enabled("dequantize") and not problem(device)
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lavintk.errors import CheckpointError
 from lavintk.targets import LANGUAGE
+from lavintk.tensor_file import misfits
 
 if TYPE_CHECKING:
     from lavintk_lora import LoraOptions
@@ -232,11 +233,5 @@ def _read(path: Path, own: Mapping[str, nn.Parameter], faults: list[str]) -> tup
     except (OSError, SafetensorError) as error:
         faults.append(f"{path.name} cannot be read: {error}")
         return {}, {}
-    faults += [f"{key} is missing in {path.name}" for key in own if key not in stored]
-    faults += [f"{key} in {path.name} is unexpected" for key in stored if key not in own]
-    faults += [
-        f"{key} has shape {tuple(stored[key].shape)} in {path.name}, the model needs {tuple(own[key].shape)}"
-        for key in own
-        if key in stored and stored[key].shape != own[key].shape
-    ]
+    faults += misfits(stored, own, path.name)
     return stored, metadata

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lavintk.contracts import AffineUpdate
-from lavintk.errors import CheckpointError, ModelError, NotAffineError
+from lavintk.errors import ModelError, NotAffineError
 from lavintk.models.multimodal import Manner
+from lavintk.tensor_file import load_parameters
 from lavintk_mma import original
 from lavintk_mma.modules import AffineAdapter, BareAdapter, RoutedAdapter
 
@@ -186,25 +186,8 @@ class MixtureOfModalityAdapter(nn.Module):
 
     def load(self, folder: Path) -> None:
         """Read what :meth:`save` wrote; names and shapes must match exactly."""
-        try:
-            stored = load_file(folder / WEIGHTS)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(str(folder / WEIGHTS), [f"cannot be read: {error}"]) from error
-        own = dict(self.named_parameters())
-        faults = [f"{name} is missing" for name in own if name not in stored]
-        faults += [f"{name} is unexpected" for name in stored if name not in own]
-        faults += [
-            f"{name} has shape {tuple(stored[name].shape)}, the model needs {tuple(own[name].shape)}"
-            for name in own
-            if name in stored and stored[name].shape != own[name].shape
-        ]
-        if faults:
-            raise CheckpointError(
-                str(folder / WEIGHTS), faults, "Was the adapter trained on another model or with other options?"
-            )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(stored[name])
+        advice = "Was the adapter trained on another model or with other options?"
+        load_parameters(folder / WEIGHTS, dict(self.named_parameters()), advice)
 
     def load_original(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy LaVIN's own adapter tensors into this adapter and its model's connector.

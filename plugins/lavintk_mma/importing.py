@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from lavintk.errors import CheckpointError, LavintkError
+from lavintk.errors import CheckpointError
 from lavintk_mma.original import load_original, without_wrapper
 
 if TYPE_CHECKING:
@@ -79,11 +79,10 @@ def import_checkpoint(
         is wrong is listed and nothing is written.
     :raises LavintkError: as :func:`lavintk.models.build.build`.
     """
-    from lavintk.checkpoints import save_model
+    from lavintk.importing import create_with
     from lavintk.models.build import build_outline
     from lavintk.models.multimodal import count_parameters
     from lavintk.plugins import installed_plugins
-    from lavintk.run import Run
 
     checkpoint = read_checkpoint(path)
     geometry = read_geometry(checkpoint)
@@ -91,12 +90,7 @@ def import_checkpoint(
     recipe.check(installed_plugins())
     model, base = build_outline(recipe, installed_plugins())
     _fill(model, checkpoint)
-    run = Run.create(out, recipe)
-    try:
-        save_model(out, model, base["language"]["source"])
-    except LavintkError:
-        run.discard()
-        raise
+    run = create_with(model, out, recipe, base)
     file = {"file": str(path.absolute()), "bytes": path.stat().st_size, "sha256": _sha256(path)}
     run.record(
         status="imported", base=base, trainable_parameters=count_parameters(cast("dict[str, Any]", model.trainable())),

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lavintk.tensor_file import misfits
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SAYS_NOTHING = (
     *("task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
@@ -46,13 +48,7 @@ def read_part(model: Any, folder: Path, faults: list[str]) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         faults.append(f"{path.name} cannot be read: {error}")
         return {}
-    faults += [f"{key} is missing in {path.name}" for key in own if key not in stored]
-    faults += [f"{key} in {path.name} is unexpected" for key in stored if key not in own]
-    faults += [
-        f"{key} has shape {tuple(stored[key].shape)} in {path.name}, the model needs {tuple(tensor.shape)}"
-        for key, tensor in own.items()
-        if key in stored and stored[key].shape != tensor.shape
-    ]
+    faults += misfits(stored, own, path.name)
     return stored
 
 

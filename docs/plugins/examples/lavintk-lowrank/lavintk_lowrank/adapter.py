@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lavintk.contracts import AffineUpdate
-from lavintk.errors import CheckpointError, ModelError
+from lavintk.errors import ModelError
 from lavintk.layers import FrozenLinear
+from lavintk.tensor_file import load_parameters
 
 if TYPE_CHECKING:
     from lavintk.models.multimodal import MultimodalModel
@@ -90,23 +90,7 @@ class LowrankAdapter:
 
         :raises CheckpointError: the file cannot be read, or its tensors are not those of this adapter.
         """
-        own = dict(self.named_parameters())
-        try:
-            stored = load_file(folder / FILE)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(str(folder / FILE), [f"it cannot be read: {error}"]) from error
-        faults = [f"{name} is missing" for name in own if name not in stored]
-        faults += [f"{name} is unexpected" for name in stored if name not in own]
-        faults += [
-            f"{name} has shape {tuple(stored[name].shape)}, the model needs {tuple(own[name].shape)}"
-            for name in own
-            if name in stored and stored[name].shape != own[name].shape
-        ]
-        if faults:
-            raise CheckpointError(str(folder / FILE), faults)
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(stored[name])
+        load_parameters(folder / FILE, dict(self.named_parameters()))
 
     def affine_updates(self, prefix: str = "") -> Iterator[AffineUpdate]:
         """Yield the update of each layer, from which exporters fold it into the weights."""
