@@ -128,8 +128,19 @@ class TrainSection(Section):
         description="recompute layers in the backward pass; a number: only so many of them, which is faster where "
         "memory allows; auto: on CUDA yes, on a CPU no",
     )
-    engine: Literal["auto", "eager", "graph"] = Field(
-        "auto", description="graph: replay each micro-batch as a CUDA graph; auto: graph where that works, else eager"
+    offload: Literal["auto", True, False] = Field(
+        "auto", description="keep the inputs of recomputed layers in host memory; auto: on CUDA"
+    )
+    stream: Literal["none", "cpu", "disk"] = Field(
+        "none", description="where the base's layers wait for their turn on the device; none: they stay on it"
+    )
+    adapter_precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="type of what is trained and of its gradients; bf16 halves both and rounds every step"
+    )
+    engine: Literal["auto", "eager", "graph", "layerwise"] = Field(
+        "auto",
+        description="graph: replay each micro-batch as a CUDA graph; layerwise: all micro-batches of a step go through "
+        "a layer before the next; auto: layerwise with stream, graph where that works, else eager",
     )
     pack: Literal["auto", True, False] = Field(
         "auto", description="put the rows of a step together into full micro-batches; auto: with the engine graph"
@@ -166,6 +177,9 @@ class Recipe(Section):
     vision_quant: PluginChoice = Field(
         default_factory=lambda: Choice("none"), description="how the frozen vision tower's linear layers are stored"
     )
+    embed_quant: PluginChoice = Field(
+        default_factory=lambda: Choice("none"), description="how the frozen embedding and output head are stored"
+    )
     adapter: PluginChoice | None = Field(
         default_factory=lambda: Choice("lora"), description="what is trained in the base; null for nothing"
     )
@@ -192,6 +206,7 @@ class Recipe(Section):
         choices: list[tuple[str, Any, Choice | None]] = [
             ("quant", plugins.quantizers, self.quant),
             ("vision_quant", plugins.quantizers, self.vision_quant),
+            ("embed_quant", plugins.quantizers, self.embed_quant),
             ("adapter", plugins.adapters, self.adapter),
             ("optim", plugins.optimizers, self.optim),
             ("data.train", plugins.datasets, self.data.train),

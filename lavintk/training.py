@@ -54,7 +54,8 @@ from lavintk.run import CHECKPOINTS, METRICS, PREDICTIONS, RECIPE, Run, evaluate
 from lavintk.schedule import build_optimizer, learning_rate
 
 SETTLED = (
-    "model.connector", "model.tap_every", "model.neck", "model.patch_layer", "quant", "vision_quant", "adapter", "optim"
+    "model.connector", "model.tap_every", "model.neck", "model.patch_layer", "quant", "vision_quant", "embed_quant",
+    "adapter", "optim", "train.adapter_precision",
 )  # fmt: skip
 """Settings that a run keeps to its end: what is in its checkpoints means nothing under others."""
 
