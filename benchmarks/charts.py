@@ -17,6 +17,15 @@ COLOURS = {
 }  # fmt: skip
 """Of contenders; ours are blue."""
 OTHERS = ("#0b6e99", "#d98032", "#4c9f70", "#a05195", "#8a8f98", "#c44e52", "#5aa9c9", "#7f6b3f")
+SMALL = 12
+"""GiB up to which cases stand in the first panel of a chart of memory."""
+CONTEXT_PART = "context and what is held beyond"
+PARTS = {
+    "linear layers": "#0b6e99", "embedding, head, norms": "#5aa9c9", "vision tower": "#4c9f70",
+    "adapter, gradients, optimizer": "#d98032", "layer inputs": "#a05195", "at work": "#c44e52",
+    CONTEXT_PART: "#d5d8dd",
+}  # fmt: skip
+"""What the items of a plan are drawn as, in the order of a bar."""
 INK, PALE = "#20242a", "#6b7280"
 BAR = 0.74
 """Height of a bar; 1 is the distance between two."""
@@ -97,6 +106,74 @@ def sweep_lines(results: Sequence[Mapping[str, Any]], title: str, footer: Sequen
     _finish(figure, f"{contender}: {title}", footer, path)
 
 
+def memory_bars(results: Sequence[Mapping[str, Any]], title: str, footer: Sequence[str], path: Path) -> None:
+    """Draw what is foretold of each case, item by item, as a stacked bar with the measured peaks as marks.
+
+    Small and large cases get a panel each, so that both can be read.
+
+    :param results: as ``memory.py`` writes them; those without a plan are left out.
+    """
+    shown = [result for result in results if "items" in result]
+    small = [result for result in shown if result["predicted_device_gib"] <= SMALL]
+    groups = [group for group in (small, [result for result in shown if result not in small]) if group]
+    footer = [*footer, "", "", ""]  # room for the legend
+    figure, panels = _panels([len(group) for group in groups], len(footer), same_scale=False)
+    for axes, group in zip(panels, groups):
+        _stack(axes, group)
+    panels[-1].set_xlabel("GiB of device memory, foretold; measured: peak allocated (line), in use in all (ring)")
+    handles = dict(zip(*reversed(panels[0].get_legend_handles_labels())))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower right", frameon=False, fontsize=7.5, ncols=4)
+    _finish(figure, title, footer, path)
+
+
+def _stack(axes: Axes, results: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the bars of one panel."""
+    left = [0.0] * len(results)
+    for part, colour in PARTS.items():
+        widths = [sum(size for name, size in r["items"].items() if part_of(name) == part) for r in results]
+        if part == CONTEXT_PART:
+            widths = [r["predicted_device_gib"] - r["predicted_allocated_gib"] for r in results]
+        axes.barh(range(len(results)), widths, BAR, left=left, color=colour, label=part)
+        left = [start + width for start, width in zip(left, widths)]
+    for place, result in enumerate(results):
+        _measured(axes, place, result, left[place])
+    axes.set_yticks(range(len(results)), [_label(result["case"]) for result in results], fontsize=8)
+    axes.set_ylim(len(results) - 0.5, -0.5)
+    highest = max([*left, *(result.get("device_gib") or 0 for result in results)])
+    axes.set_xlim(0, 1.6 * highest)  # room for what is written behind the longest bar
+
+
+def _label(case: str) -> str:
+    """Return a case in two lines: what it is, and what is special about it."""
+    geometry, adapter, *changes = case.split(":", 2)
+    return "\n".join([f"{geometry}, {adapter}", *(text.replace(",", ", ") for text in changes)])
+
+
+def part_of(item: str) -> str:
+    """Return which of :data:`PARTS` an item of a plan belongs to."""
+    starts = {
+        "linear layers": "linear layers", "embedding": "embedding, head, norms", "vision": "vision tower",
+        "adapter": "adapter, gradients, optimizer", "their gradients": "adapter, gradients, optimizer",
+        "optimizer": "adapter, gradients, optimizer", "layer inputs": "layer inputs", "the window": "layer inputs",
+    }  # fmt: skip
+    return next((part for start, part in starts.items() if item.startswith(start)), "at work")
+
+
+def _measured(axes: Axes, place: int, result: Mapping[str, Any], end: float) -> None:
+    """Mark the measured peaks of a case, and write them behind its bar."""
+    text = f"{result['predicted_allocated_gib']:.2f} foretold"
+    device = result.get("device_gib")
+    if "error" in result:
+        text = f"{text}; {str(result['error'])[:50]}"
+    elif device is not None:
+        allocated = result["allocated_gib"]
+        axes.plot([allocated, allocated], [place - BAR / 2, place + BAR / 2], color=INK, lw=2)
+        axes.plot([device], [place], "o", markerfacecolor="none", markeredgecolor=INK)
+        text = f"{allocated:.2f} ({text}), {device:.2f} in all"
+    behind = (max(end, device or 0), place)
+    axes.annotate(text, behind, (8, 0), textcoords="offset points", va="center", color=INK, fontsize=8)
+
+
 def loss_curves(runs: Mapping[str, Mapping[str, Any]], footer: Sequence[str], path: Path) -> None:
     """Draw two trainers' losses over the steps, above their difference beside that of another start.
 
@@ -135,10 +212,10 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=160, layout="constrained")
 
 
-def _panels(bars: Sequence[int], footer_lines: int) -> tuple[Figure, list[Axes]]:
+def _panels(bars: Sequence[int], footer_lines: int, same_scale: bool = True) -> tuple[Figure, list[Axes]]:
     """Return a figure with a panel of horizontal bars below each other, as high as its bars need."""
     figure = _figure(9.0, 0.9 + 0.17 * footer_lines + sum(0.36 * count + 0.42 for count in bars))
-    panels = figure.subplots(len(bars), 1, squeeze=False, sharex=True, height_ratios=list(bars))[:, 0]
+    panels = figure.subplots(len(bars), 1, squeeze=False, sharex=same_scale, height_ratios=list(bars))[:, 0]
     for axes in panels:
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0, labelcolor=INK)

@@ -12,11 +12,15 @@ LANGUAGE = {
         hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4
     ),
     "7b": LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
+    "llama-3.1-8b": LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128_256,
+    ),
     "13b": LlamaConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
     "33b": LlamaConfig(hidden_size=6656, intermediate_size=17920, num_hidden_layers=60, num_attention_heads=52),
     "65b": LlamaConfig(hidden_size=8192, intermediate_size=22016, num_hidden_layers=80, num_attention_heads=64),
 }  # fmt: skip
-"""LLaMA-1 geometries, vocabulary 32000, untied head (TinyLlama's for 1b)."""
+"""LLaMA-1 geometries, vocabulary 32000, untied head (TinyLlama's for 1b), and Llama 3.1's of 8B."""
 CLIP_LARGE = CLIPVisionConfig(
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224,
     patch_size=14, projection_dim=768,

@@ -24,12 +24,24 @@ from torch import Tensor
 import lavintk
 from lavintk.contracts import Quantizer
 from lavintk.devices import describe
-from lavintk.kernels import problem, rms_norm, rope, swiglu, using
+from lavintk.kernels import (
+    LowRank,
+    add_low_rank,
+    problem,
+    rms_norm,
+    rms_norm_and_pass,
+    rope,
+    swiglu,
+    swiglu_low_rank,
+    using,
+)
 from lavintk.plugins import installed_plugins
 from lavintk.registry import Choice
 
 HIDDEN, INNER, HEADS, HEAD_SIZE = 4096, 11008, 32, 128
 """Of LLaMA-7B."""
+RANK = 16
+"""Of LoRA."""
 EPS = 1e-6
 MOST_SETS = 32
 """Calls in a graph, at most."""
@@ -124,6 +136,7 @@ def norm_rows(tokens: int) -> Iterator[Row]:
         return normal(tokens, HIDDEN), normal(HIDDEN, trained=False), EPS
 
     yield from both_directions("rms_norm", f"{tokens} x {HIDDEN}", (2 * size, 3 * size), rms_norm, make)
+    yield from both_directions("norm + pass", f"{tokens} x {HIDDEN}", (2 * size, 4 * size), rms_norm_and_pass, make)
 
 
 def swiglu_rows(tokens: int) -> Iterator[Row]:
@@ -134,6 +147,36 @@ def swiglu_rows(tokens: int) -> Iterator[Row]:
         return normal(tokens, INNER), normal(tokens, INNER)
 
     yield from both_directions("swiglu", f"{tokens} x {INNER}", (3 * size, 5 * size), swiglu, make)
+
+
+def update(tokens: int, width: int) -> LowRank:
+    """Return a low-rank update of a product ``[tokens, width]``."""
+    return LowRank(normal(tokens, RANK, trained=False), normal(width, RANK, trained=False), 2.0)
+
+
+def low_rank_rows(tokens: int) -> Iterator[Row]:
+    """Yield the rows of LoRA's updates: alone, with the sum along the residual, and within SwiGLU."""
+    for width, onto in ((HIDDEN, False), (INNER, False), (HIDDEN, True)):
+
+        def make(choice: str, width: int = width, onto: bool = onto) -> Call:
+            product, added = normal(tokens, width, trained=False), update(tokens, width)
+            residual = normal(tokens, width, trained=False) if onto else None
+
+            def call() -> object:
+                with using(choice):
+                    return add_low_rank(product, added, residual)
+
+            return call
+
+        moved = 2 * tokens * width * (3 if onto else 2)
+        variants = {"torch": partial(make, "none"), "fused": partial(make, "all")}
+        yield Row("low_rank", "onto a residual" if onto else "alone", f"{tokens} x {width}", moved, variants)
+
+    def make_pair() -> tuple[Any, ...]:
+        return normal(tokens, INNER), normal(tokens, INNER), update(tokens, INNER), update(tokens, INNER)
+
+    size = 2 * tokens * INNER
+    yield from both_directions("in swiglu", f"{tokens} x {INNER}", (3 * size, 5 * size), swiglu_low_rank, make_pair)
 
 
 def rope_rows(tokens: int) -> Iterator[Row]:
@@ -174,6 +217,7 @@ def dequantize_rows() -> Iterator[Row]:
 
 ROWS: dict[str, Callable[[int], Iterator[Row]]] = {
     "copy": copy_rows, "rms_norm": norm_rows, "swiglu": swiglu_rows, "rope": rope_rows,
+    "low_rank": low_rank_rows,
 }  # fmt: skip
 """By name for ``--only``: functions that yield rows for a number of tokens."""
 WEIGHT_ROWS = {"dequantize": dequantize_rows}

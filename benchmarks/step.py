@@ -25,11 +25,8 @@ import importlib
 import json
 import os
 import statistics
-import subprocess
 import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,24 +34,31 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import facts
 from charts import can_draw, step_bars, sweep_lines
+from ours import (
+    ADAPTERS,
+    GEOMETRIES,
+    LEARNING_RATE,
+    clean,
+    finish,
+    geometry,
+    lavintk_step,
+    make_optimizer,
+    make_recipe_of,
+    memory,
+    random_batch,
+    random_model,
+)
+from processes import messages, reason, tell
 
 if TYPE_CHECKING:
     import torch
 
     from lavintk.data.batch import Batch
-    from lavintk.models.multimodal import MultimodalModel
 
-GIB = 2**30
-GEOMETRIES = ("1b", "7b", "13b", "33b", "65b", "tiny")
-"""Those of geometries.py; ``tiny`` is for trying this command without a GPU."""
 CONTENDERS = ("lavintk:eager", "lavintk:graph", "hf", "hf:autocast", "unsloth")
-ADAPTERS = {"lora": "lora:r=16,alpha=32", "mma": "mma:visual=router"}
 PACKAGES = ("lavintk", "torch", "triton", "transformers", "peft", "bitsandbytes", "unsloth")
-MARK = "@benchmark "
-"""Begins the lines that a contender's process writes for us; libraries write others in between."""
 BROKEN = 3
 """Exit code of a process whose device may be in an unusable state."""
-LEARNING_RATE = 1e-4
 
 Shape = tuple[int, int]
 """Rows and tokens per row."""
@@ -104,83 +108,27 @@ class Contender(Protocol):
         ...
 
 
-def lavintk_step(
-    model: MultimodalModel, optimizer: torch.optim.Optimizer, engine: str, capacity: int
-) -> Callable[[Batch], torch.Tensor]:
-    """Return the trainer's step, from a batch on the host to changed weights.
-
-    :param engine: ``"eager"`` or ``"graph"``. :param capacity: tokens of a batch.
-    """
-    import torch
-
-    from lavintk.engine import choose_engine
-
-    chosen, _ = choose_engine(engine, model, torch.amp.GradScaler(enabled=False), capacity)
-
-    def step(batch: Batch) -> torch.Tensor:
-        optimizer.zero_grad(set_to_none=False)
-        (loss,) = chosen.backward([batch], batch.labelled, 0)
-        optimizer.step()
-        return loss
-
-    return step
-
-
 class Lavintk:
     """lavintk's model and optimizer as a recipe would make them."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
         import torch
-        from geometries import RandomSource
 
-        from lavintk.models.connector import TapNeck
-        from lavintk.models.language import load_language_model, load_vision_model
-        from lavintk.models.multimodal import MultimodalModel
-        from lavintk.models.vision import VisionTower
         from lavintk.plugins import installed_plugins
-        from lavintk.registry import Choice
-        from lavintk.schedule import build_optimizer
 
         self.engine, plugins = job.contender.partition(":")[2] or "eager", installed_plugins()
-        config, vision = geometry(job.geometry)
-        source = RandomSource(config, device)
-        quantizer = plugins.quantizers.create(Choice.parse(job.quant))
-        language: Any = load_language_model(source, quantizer, device=device, dtype=torch.bfloat16)
-        tower, neck = None, None
-        if job.adapter == "mma":
-            clip = load_vision_model(RandomSource(vision, device), device=device, dtype=torch.bfloat16)
-            tower = VisionTower(clip, 4)
-            neck = TapNeck(tower.width, 128, language.config.hidden_size).to(device)
-        self.model = MultimodalModel(language, tower, neck)
-        self.model.attach(plugins.adapters.create(Choice.parse(ADAPTERS[job.adapter])))
+        recipe = make_recipe_of(job.geometry, job.adapter, {"quant": job.quant, "optim": job.optim})
+        self.model = random_model(recipe, plugins, device, torch.bfloat16)
         self.model.checkpointing = job.checkpointing
-        self.model.train()
-        optimizer = plugins.optimizers.create(Choice.parse(job.optim))
-        self.optimizer = build_optimizer(
-            optimizer, self.model.trainable(), lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.02
-        )
+        self.optimizer = make_optimizer(recipe, plugins, self.model)
 
     def ready(self, rows: int, length: int) -> Callable[[Any], torch.Tensor]:
         """Return the engine's step."""
         return lavintk_step(self.model, self.optimizer, self.engine, rows * length)
 
     def draw(self, rows: int, length: int) -> Batch:
-        """Return random rows on the host; with a tower each has an image, whose slots are not trained."""
-        import torch
-
-        from lavintk.data.batch import IGNORED, IMAGE, TEXT, Batch
-
-        visual = self.model.visual_tokens
-        ids = torch.randint(3, 31000, (rows, length))
-        labels = ids.roll(-1, dims=1)
-        labels[:, -1] = IGNORED
-        slots = torch.arange(4, 4 + visual)
-        labels[:, slots - 1] = IGNORED
-        return Batch(
-            ids.flatten(), labels.flatten(), torch.arange(length).repeat(rows), (length,) * rows,
-            torch.full((rows,), IMAGE if visual else TEXT), torch.randn(rows, 3, 224, 224) if visual else None,
-            (torch.arange(rows)[:, None] * length + slots).flatten(), tuple(map(str, range(rows))),
-        )  # fmt: skip
+        """Return random rows on the host."""
+        return random_batch(self.model, rows, length)
 
 
 class Peer:
@@ -213,20 +161,6 @@ class Peer:
         import torch
 
         return torch.randint(3, 31000, (rows, length), device=self.device)
-
-
-def geometry(name: str) -> tuple[Any, Any]:
-    """Return the configurations of the language model and of the vision tower."""
-    from geometries import CLIP_LARGE, LANGUAGE
-    from transformers import CLIPVisionConfig, LlamaConfig
-
-    if name != "tiny":
-        return LANGUAGE[name], CLIP_LARGE
-    sizes: Any = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
-    return (
-        LlamaConfig(num_hidden_layers=2, **sizes),
-        CLIPVisionConfig(num_hidden_layers=8, image_size=224, patch_size=56, **sizes),
-    )
 
 
 def load(job: Job, device: torch.device) -> tuple[Contender, float]:
@@ -285,26 +219,6 @@ def check_peer(job: Job, name: str) -> None:
         raise CannotRunError("it needs a CUDA device and a geometry of real size")
 
 
-def finish(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def clean(device: torch.device) -> None:
-    """Give back what nobody holds and let peaks begin anew."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def measure(contender: Contender, job: Job, shape: Shape, device: torch.device) -> Result:
     """Take the steps of one shape and return times and peaks."""
     clean(device)
@@ -328,20 +242,6 @@ def measure(contender: Contender, job: Job, shape: Shape, device: torch.device) 
         "slowest_ms": round(1e3 * max(times), 2), "tokens_s": round(shape[0] * shape[1] / median, 1),
         "rows_s": round(shape[0] / median, 2), "loss": round(float(loss), 4), **memory(device),
     }  # fmt: skip
-
-
-def memory(device: torch.device) -> Result:
-    """Return peaks in GiB; on a CPU only the process's resident peak, as ``allocated_gib``."""
-    import torch
-
-    from lavintk.devices import peak_memory
-
-    figures: Result = {"allocated_gib": round(peak_memory(device) / GIB, 2), "reserved_gib": None, "device_gib": None}
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        figures["reserved_gib"] = round(torch.cuda.max_memory_reserved(device) / GIB, 2)
-        figures["device_gib"] = round((total - free) / GIB, 2)
-    return figures
 
 
 def work(job: Job) -> None:
@@ -378,16 +278,6 @@ def import_unsloth_first(job: Job) -> None:
         import unsloth  # type: ignore[import-not-found]  # noqa: F401
 
 
-def tell(message: Result) -> None:
-    """Write a message to the process that started this one."""
-    print(MARK + json.dumps(message), flush=True)
-
-
-def reason(error: BaseException) -> str:
-    """Return an error in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:250]
-
-
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
@@ -399,7 +289,8 @@ def run(job: Job, seconds: float) -> Iterator[Result]:
     left, ends = list(job.shapes), time.monotonic() + seconds
     while left:
         at_risk = list(left)  # what is lost if the process ends now: everything while it loads
-        for message in messages(replace(job, shapes=tuple(left)), ends - time.monotonic()):
+        work = ["--work", json.dumps(asdict(replace(job, shapes=tuple(left))))]
+        for message in messages(__file__, work, ends - time.monotonic(), job.contender):
             if "begun" in message:
                 at_risk = [tuple(message["begun"])]
                 continue
@@ -412,39 +303,6 @@ def run(job: Job, seconds: float) -> Iterator[Result]:
                 left.remove(shape)
                 yield {"contender": job.contender, **ended, "shape": f"{shape[0]}x{shape[1]}"}
             at_risk = []
-
-
-def messages(job: Job, seconds: float) -> Iterator[Result]:
-    """Run a process and yield what it tells; the last message says how it ended."""
-    command = [sys.executable, __file__, "--work", json.dumps(asdict(job))]
-    log: deque[str] = deque(maxlen=60)
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as process:
-        late = threading.Event()
-
-        def stop() -> None:
-            late.set()
-            process.kill()
-
-        timer = threading.Timer(max(0.0, seconds), stop)
-        timer.start()
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith(MARK):
-                    yield json.loads(line.removeprefix(MARK))
-                elif line.strip():
-                    log.append(line.strip())
-            process.wait()
-        finally:
-            timer.cancel()
-            process.kill()
-    if late.is_set():
-        yield {"ended": f"stopped: the time of {job.contender} was over (--timeout)", "late": True}
-    else:
-        said = log[-1] if log else "it said nothing"
-        yield {"ended": f"its process ended with code {process.returncode}: {said}"[:300]}
 
 
 def print_progress(result: Result) -> None:

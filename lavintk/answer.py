@@ -12,6 +12,7 @@ from lavintk.data.batch import IGNORED
 from lavintk.data.batches import collate
 from lavintk.data.tokenize import TokenizedRecord
 from lavintk.devices import enough_memory
+from lavintk.fitting import largest_part
 from lavintk.generate import Sampling, generate_tokens
 from lavintk.models.build import Assembly
 
@@ -34,7 +35,8 @@ class Answerer(RecordAnswerer):
 
     def enough_memory(self, advice: Callable[[], str]) -> AbstractContextManager[None]:
         """Return a context in which a full device is an error that says what to lower."""
-        return enough_memory(self.assembly.model.device, "while answering", advice)
+        model = self.assembly.model
+        return enough_memory(model.device, "while answering", lambda: f"{largest_part(model)} {advice()}")
 
     @torch.no_grad()
     def _totals(self, rows: Sequence[TokenizedRecord]) -> list[float]:

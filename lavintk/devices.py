@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,8 +74,19 @@ def enough_memory(device: torch.device, doing: str, advice: Callable[[], str]) -
         total = torch.cuda.get_device_properties(device).total_memory / 2**30
         raise OutOfMemoryError(
             f"{describe(device)} ran out of memory {doing}: {peak_memory(device) / 2**30:.2f} GiB allocated at peak "
-            f"of {total:.1f} GiB. {advice()}"
+            f"of {total:.1f} GiB{_lacking(str(error))}. {advice()}"
         ) from error
+
+
+def _lacking(message: str) -> str:
+    """Return what a fault says of how much was asked for and how much was free, or an empty text."""
+    if "host memory" in message:  # which was to be pinned, see lavintk.models.host_memory
+        return f"; {message}"
+    asked = re.search(r"Tried to allocate (\d[\d.]* [KMG]iB|\d+ bytes)", message)
+    free = re.search(r"of which (\d[\d.]* [KMG]iB|\d+ bytes) is free", message)
+    if asked is None:
+        return ""
+    return f"; {asked[1]} more were asked for" + ("" if free is None else f", {free[1]} were free")
 
 
 def describe(device: torch.device) -> str:

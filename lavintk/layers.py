@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lavintk.errors import ModelError
+from lavintk.kernels import swiglu
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """Number types that layers are made from and compute in."""
@@ -69,6 +70,15 @@ class FrozenLinear(nn.Module, ABC):
     @abstractmethod
     def packed(self) -> PackedWeight:
         """Describe the storage for exporters; tensors are views, not copies, where possible."""
+
+    def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return ``dequantize(dtype)[index]``, rows of the weight, bit for bit: what an embedding looks up.
+
+        A subclass whose rows can be unpacked by themselves overrides it. The host must not wait for the device.
+
+        :param index: ``[N]`` int64, each from 0 to ``out - 1``.
+        """
+        return self.dequantize(dtype).index_select(0, index)
 
     def bits_per_weight(self) -> float:
         """Return the bits stored per weight, scales included, bias excluded."""
@@ -130,6 +140,10 @@ class DenseLinear(FrozenLinear):
         """Return the weight ``[out, in]`` in ``dtype``."""
         return self.weight.to(dtype)
 
+    def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the rows ``index`` in ``dtype``."""
+        return self.weight.index_select(0, index).to(dtype)
+
     def packed(self) -> PackedWeight:
         """Describe the dense storage."""
         return PackedWeight("dense", (self.out_features, self.in_features), self.weight)
@@ -162,6 +176,33 @@ def forward_group(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     if together is None or any(type(layer) is not kind or has_hooks(layer) for layer in layers):
         return [layer(x) for layer in layers]
     return cast(list[Tensor], together(layers, x))
+
+
+def forward_onto(layer: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    """Return ``residual + layer(x)``, ``[..., out]``, as a new tensor, in one go where the layer can do that.
+
+    It can if its class has a method ``forward_onto(x, residual)``, as that of an adapter may. A layer with hooks is
+    called. Frozen layers have no such method: before torch's ``addmm`` adds a product to a matrix that has to stay, it
+    copies that matrix, which takes about as long as the sum.
+
+    :param x: ``[..., in]``. :param residual: ``[..., out]``; it stays as it is.
+    """
+    together = getattr(type(layer), "forward_onto", None)
+    if together is None or has_hooks(layer):
+        return residual + cast(Tensor, layer(x))
+    return cast(Tensor, together(layer, x, residual))
+
+
+def forward_gated(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor:
+    """Return ``silu(gate(x)) * up(x)``, ``[..., out]``, in one go where the two layers can do that.
+
+    They can if they are of one class that has a method ``forward_gated(up, x)``. Others make use of
+    :func:`forward_group`, and layers with hooks are called.
+    """
+    together = getattr(type(gate), "forward_gated", None)
+    if together is None or type(up) is not type(gate) or has_hooks(gate) or has_hooks(up):
+        return swiglu(*forward_group([gate, up], x))
+    return cast(Tensor, together(gate, up, x))
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -74,8 +74,8 @@ def load_on_cpu(run: Run) -> Assembly:
     """Return the trained model of ``run`` on the CPU, or where its quantizer can work if that is nowhere else."""
     from lavintk.plugins import installed_plugins
 
-    quantizer = installed_plugins().quantizers.create(run.recipe.quant)
-    return run.load(None if quantizer.requires_cuda else "cpu").assembly
+    quantizers = [installed_plugins().quantizers.create(c) for c in (run.recipe.quant, run.recipe.embed_quant)]
+    return run.load(None if any(quantizer.requires_cuda for quantizer in quantizers) else "cpu").assembly
 
 
 def pick_condition(model: MultimodalModel, wanted: str) -> str:
@@ -104,6 +104,8 @@ class PlainModel:
 
     def __init__(self, model: MultimodalModel, condition: str, part: str = LANGUAGE) -> None:
         self._frozen = {n.removeprefix(part): p for n, p in model.frozen_parameters().items() if n.startswith(part)}
+        self._tables = {n.removeprefix(part): t for n, t in model.tables().items() if n.startswith(part)}
+        self._dtype = model.dtype
         named = model.linears().items()
         self.linears: dict[str, FrozenLinear] = {n.removeprefix(part): m for n, m in named if n.startswith(part)}
         self._updates: dict[str, list[AffineUpdate]] = {}
@@ -133,6 +135,8 @@ class PlainModel:
         module, _, leaf = name.rpartition(".")
         layer = self.linears.get(module)
         if layer is None:
+            if name in self._tables:
+                return self._tables[name].dequantize(self._dtype, torch.device("cpu"))
             if name not in self._frozen:
                 raise ModelError(f"the exported architecture has a tensor {name}, which the trained model lacks")
             return self._frozen[name].detach().cpu()

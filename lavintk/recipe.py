@@ -68,6 +68,11 @@ class ModelSection(Section):
     delta_compat: Literal["none", "lavin"] = Field(
         "none", description="lavin: the delta's q and k rows go where LaVIN puts them, as its Vicuna adapters need"
     )
+    cache: Literal["auto", True, False] = Field(
+        "auto",
+        description="keep the quantized language model on disk and read it from there; auto: keep it where its weights "
+        "take more than 1 GB in 16 bits (smaller ones are quantized in seconds) and enough of the disk stays free",
+    )
     connector: Literal["taps", "patches"] = Field(
         "taps", description="taps: LaVIN's class tokens through a neck; patches: LLaVA's patches through a projector"
     )

@@ -142,6 +142,7 @@ class Run:
         assembly = build(
             self.recipe, installed_plugins(), target, dtype,
             check_base=self.check_base, trained_in=self.trained_in(), stream=stream,
+            outside="none" if stream or target.type != "cuda" else self.recipe.train.stream,
         )  # fmt: skip
         try:
             load_weights(assembly.model, weights)
@@ -288,10 +289,12 @@ def evaluate(
     """
     from lavintk.answer import Answerer
     from lavintk.devices import enough_memory
+    from lavintk.fitting import largest_part
     from lavintk.plugins import installed_plugins
 
     def advice() -> str:
-        return f"Lower the evaluation's batch_size (now {batch_size}) or max_new_tokens (now {max_new_tokens})."
+        lower = f"Lower the evaluation's batch_size (now {batch_size}) or max_new_tokens (now {max_new_tokens})."
+        return f"{largest_part(assembly.model)} {lower}"
 
     scorer = installed_plugins().evaluations.create(evaluation)
     with enough_memory(assembly.model.device, "while answering", advice):

@@ -43,7 +43,9 @@ from lavintk.engine import EagerEngine, Engine, NotRecordableError, choose_engin
 from lavintk.errors import DataError, LavintkError, OutOfMemoryError, RunError, TrainingError
 from lavintk.evaluate import mean_loss
 from lavintk.features import keep_features
+from lavintk.fitting import advice_for
 from lavintk.models.build import Assembly, build
+from lavintk.models.host_memory import HostTensors
 from lavintk.models.multimodal import count_parameters
 from lavintk.plan import plan_of
 from lavintk.plugins import Plugins, installed_plugins
@@ -218,12 +220,17 @@ class Trainer:
         started = time.monotonic()
         with loading_bar(self.console, f"loading {self.recipe.model.language}") as progress:
             self.assembly = build(
-                self.recipe, self.plugins, self.device, self.dtype, cast("Any", progress), self.run.check_base
-            )
+                self.recipe, self.plugins, self.device, self.dtype, cast("Any", progress), self.run.check_base,
+                say=lambda line: self.console.print(line, markup=False, highlight=False, soft_wrap=True),
+                outside=self.recipe.train.stream,
+            )  # fmt: skip
         model, images = self.assembly.model, self.assembly.images
         self.read_image = None if images is None else ImageCache(images)
         setting = self.recipe.train.checkpointing
-        model.checkpointing = self.device.type == "cuda" if setting == "auto" else setting
+        on_cuda = self.device.type == "cuda"
+        model.checkpointing = on_cuda if setting == "auto" else setting
+        if on_cuda if self.recipe.train.offload == "auto" else self.recipe.train.offload:
+            model.offload = HostTensors(self.device)
         linears = model.linears().values()
         weights = sum(layer.out_features * layer.in_features for layer in linears)
         self.console.print(
@@ -483,7 +490,8 @@ class Trainer:
         advice = [f"train.batch_size (now {settings.batch_size})"] if settings.batch_size > 1 else []
         advice.append(f"data.max_length (now {self.recipe.data.max_length}; this row has {longest} tokens)")
         first = "" if self.assembly.model.checkpointing else "Set train.checkpointing=true. "
-        return f"{first}Lower {', or '.join(advice)}{self._in_which_file()}."
+        fitting = advice_for(self.recipe, self.plugins, self.device, same_base=self.state.step > 0)
+        return f"{fitting} {first}Lower {', or '.join(advice)}{self._in_which_file()}."
 
     def _in_which_file(self) -> str:
         """Say where a run that goes on takes its settings from; one that took no step can be given others."""

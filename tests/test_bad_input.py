@@ -124,7 +124,7 @@ def test_a_missing_data_file_is_found_before_the_model_is_loaded(
     tiny_folder: Path, refused: Callable[..., None], part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Test records too, which are answered only at the end if asked so."""
-    monkeypatch.setattr("lavintk.training.build", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("lavintk.training.build", lambda *_, **__: pytest.fail("the model was loaded"))
     content = recipe(tiny_folder) | {"evaluation": {"before": False}}
     content["data"][part] = {"name": "alpaca", "path": str(tiny_folder / "none.json")}
     refused(content, f"{tiny_folder / 'none.json'} has 1 fault", "no such file")
@@ -422,7 +422,7 @@ def write_huge(path: Path) -> Path:
 def test_unreadable_and_absurdly_large_images_are_all_listed_before_the_model_is_loaded(
     tiny_folder: Path, tmp_path: Path, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lavintk.training.build", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("lavintk.training.build", lambda *_, **__: pytest.fail("the model was loaded"))
     garbage, empty = tmp_path / "garbage.png", tmp_path / "empty.jpg"
     garbage.write_bytes(b"no image" * 20)
     empty.write_bytes(b"")
@@ -687,7 +687,7 @@ def test_a_full_device_in_mid_run_says_what_to_lower_and_the_run_goes_on_with_le
     check_message(
         outcome,
         "ran out of memory in step 3",
-        " GiB allocated at peak of 24.0 GiB",
+        " GiB allocated at peak of 24.0 GiB; 2.00 GiB more were asked for. Foretold were ",
         "Set train.checkpointing=true. Lower train.batch_size (now 2), or data.max_length (now 128; ",
         "What was learned up to step 2 is safe",
         f"to go on, in {out / 'recipe.yaml'}",
@@ -893,7 +893,7 @@ def test_ctrl_c_twice_while_a_checkpoint_is_written_leaves_the_one_before(
 def test_ctrl_c_while_the_model_loads_leaves_no_run(
     tiny_folder: Path, tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lavintk.training.build", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("lavintk.training.build", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
     stopped = run_cli("train", write_recipe(tmp_path, recipe(tiny_folder)), "--out", str(tmp_path / "run"))
     assert (stopped.exit_code, stopped.stderr.strip()) == (130, "Stopped.")
     assert not (tmp_path / "run").exists()
@@ -939,7 +939,7 @@ def test_a_file_of_ones_own_in_a_run_folder_outlives_the_failed_run(
 ) -> None:
     out = tmp_path / "run"
 
-    def build(*_: object) -> None:
+    def build(*_: object, **__: object) -> None:
         (out / "notes.txt").write_text("written while the model loaded")
         raise RunError("something is wrong")
 

@@ -419,8 +419,8 @@ def test_a_tied_table_is_stored_once(options: dict[str, Any], parts: int, tmp_pa
 def test_a_run_in_bf16_is_exported_with_the_weights_it_has(adapter: Any, tmp_path: Path) -> None:
     run = text_run(tmp_path, "qwen3", adapter)
     text = (run.folder / "recipe.yaml").read_text()
-    assert "precision: fp32" in text
-    (run.folder / "recipe.yaml").write_text(text.replace("precision: fp32", "precision: bf16"))
+    assert "\n  precision: fp32" in text
+    (run.folder / "recipe.yaml").write_text(text.replace("\n  precision: fp32", "\n  precision: bf16"))
     half = Run.open(run.folder)
     folder = export(half, tmp_path / "out", **EXACT)
     assert half.assembly.model.dtype == torch.bfloat16

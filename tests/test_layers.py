@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lavintk.dense import DenseQuantizer
-from lavintk.layers import DenseLinear, FrozenLinear, PackedWeight, forward_group
+from lavintk.layers import DenseLinear, FrozenLinear, PackedWeight, forward_group, forward_onto
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -114,6 +114,36 @@ def test_layers_of_several_classes_or_with_hooks_are_called_one_by_one() -> None
     layers[1].register_forward_hook(lambda *_: called.append(1))
     forward_group(layers, x)
     assert (Paired.together, called) == ([], [1])
+
+
+class Onto(nn.Linear):
+    """Notes the residuals that it is given."""
+
+    residuals: list[Tensor] = []
+
+    def forward_onto(self, x: Tensor, residual: Tensor) -> Tensor:
+        self.residuals.append(residual)
+        return residual + self(x)
+
+
+def test_a_layer_whose_class_offers_it_is_given_the_residual() -> None:
+    Onto.residuals = []
+    layer, x, residual = Onto(7, 5), torch.randn(3, 7), torch.randn(3, 5)
+    assert torch.equal(forward_onto(layer, x, residual), residual + layer(x))
+    assert [given is residual for given in Onto.residuals] == [True]
+
+
+def test_other_layers_and_those_with_hooks_are_called_and_added_to_the_residual() -> None:
+    Onto.residuals = []
+    hooked, x, residual = Onto(7, 5), torch.randn(3, 7), torch.randn(3, 5, requires_grad=True)
+    hooked.register_forward_hook(lambda layer, arguments, output: 2 * output)
+    for layer in (hooked, nn.Linear(7, 5), make_halves()):
+        before = residual.detach().clone()
+        output = forward_onto(layer, x, residual)
+        assert torch.equal(output, residual + layer(x))
+        assert torch.equal(residual, before)
+        assert torch.equal(torch.autograd.grad(output.sum(), residual)[0], torch.ones(3, 5))
+    assert Onto.residuals == []
 
 
 def test_frozen_layer_trains_nothing() -> None:

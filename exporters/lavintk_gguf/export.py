@@ -65,7 +65,7 @@ class GgufExporter:
         shapes: dict[str, tuple[int, ...]] = {
             f"{name}.weight": (layer.out_features, layer.in_features) for name, layer in outline.linears().items()
         }
-        shapes |= {name: tuple(parameter.shape) for name, parameter in outline.frozen_parameters().items()}
+        shapes |= outline.frozen_shapes()
         own = {name.removeprefix(LANGUAGE): shape for name, shape in shapes.items() if name.startswith(LANGUAGE)}
         if outline.language.config.tie_word_embeddings:
             own.pop("lm_head.weight", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,12 +69,12 @@ class HfExporter:
 
     def bytes_needed(self, run: Run, outline: MultimodalModel) -> int:
         """Return the bytes of the language model's weights; see :class:`lavintk.contracts.SizedExporter`."""
-        linears, others = outline.linears(), outline.frozen_parameters()
+        linears, others = outline.linears(), outline.frozen_shapes()
         count = sum(m.out_features * m.in_features for n, m in linears.items() if n.startswith(LANGUAGE))
         tied = bool(outline.language.config.tie_word_embeddings)
         count += sum(
-            p.numel()
-            for n, p in others.items()
+            prod(shape)
+            for n, shape in others.items()
             if n.startswith(LANGUAGE) and not (tied and n.endswith("lm_head.weight"))
         )
         return count * self._dtype(run).itemsize

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lavintk.errors import ModelError
 from lavintk.merge import merged_weight
+from lavintk.models.vocabulary import HEAD
 from lavintk.threads import each
 from lavintk_onnx.graph import MICROSOFT, DataFile, GraphBuilder, Shape, StoredWeight
 from lavintk_onnx.grids import (
@@ -28,6 +29,7 @@ from lavintk_onnx.grids import (
     decode,
     encode,
     encode_layer,
+    encode_table,
     pieces_of,
     product,
     stack,
@@ -203,9 +205,8 @@ class DecoderWriter:
         self.updates.check_all_taken()
         norm = self.data.write("norm", _numpy(self.frozen["language.model.norm.weight"]))
         if head is None:
-            table = self.model.language.lm_head.weight.detach()
             quantize = self.plan.quantizers.get(self.plan.head)
-            head = store(self.data, "lm_head", encode(table, self.plan.head, quantize))
+            head = store(self.data, "lm_head", encode_table(self.model, HEAD, self.plan.head, quantize))
         for graph in self.graphs.values():
             graph.finish(norm, head)
 

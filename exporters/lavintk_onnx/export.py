@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
-from torch import Tensor
 
 from lavintk import __version__
 from lavintk.errors import ModelError, RunError
 from lavintk.merge import merged_weight
+from lavintk.models.vocabulary import EMBEDDING
 from lavintk.registry import Choice
 from lavintk_onnx.decoder import PREFIX, DecoderPlan, DecoderWriter, ErrorSum, Quantizers
 from lavintk_onnx.embedding import StoredTable, lookup, store_table, write_embedding_graphs
 from lavintk_onnx.folder import FolderDescription, write_folder
 from lavintk_onnx.graph import DataFile, GraphBuilder
-from lavintk_onnx.grids import Grid, StoredMatrix, encode, encode_layer, quantizer_for
+from lavintk_onnx.grids import Grid, StoredMatrix, encode, encode_layer, encode_table, quantizer_for
 from lavintk_onnx.options import OnnxOptions
 from lavintk_onnx.updates import LayerUpdates, effective_weight
 from lavintk_onnx.vision import VisionGrid, write_vision
@@ -72,7 +72,8 @@ class OnnxExporter:
         merge, why = self._adapter_form(model, grid, updates)
         if model.adapter is not None:
             click.echo(f"adapter: {'merge' if merge else 'side'} ({why})")
-        writing = _Writing(self.options, assembly, grid, merge, out)
+        tables = _Tables.of(self.options, grid, run.recipe.embed_quant.name)
+        writing = _Writing(self.options, assembly, grid, tables, merge, out)
         writing.write(updates)
         _describe(run, assembly, writing, reason, why, report)
 
@@ -84,7 +85,7 @@ class OnnxExporter:
         grid: Grid = "int4" if run.recipe.quant.name == "int4" else "int8"
         grid = grid if self.options.quant == "keep" else self.options.quant
         seeing, patterns = outline.vision is not None, self.options.patterns()
-        tables = _Tables.of(self.options, grid)
+        tables = _Tables.of(self.options, grid, run.recipe.embed_quant.name)
         needed = 0.0
         for name, layer in outline.linears().items():
             on = tables.vision if not name.startswith(PREFIX) else _grid_of(name, patterns, grid)
@@ -199,9 +200,15 @@ class _Tables:
     vision: VisionGrid
 
     @classmethod
-    def of(cls, options: OnnxOptions, grid: Grid) -> _Tables:
-        # only fp32 folders have to be exact; others keep the table in 8 bits, which moves logits by little
-        plain: Grid = grid if grid in ("fp32", "fp16") else "int8"
+    def of(cls, options: OnnxOptions, grid: Grid, trained: str) -> _Tables:
+        """Return the grids that ``options`` ask for.
+
+        :param trained: the quantizer of the tables in training.
+        """
+        # only fp32 folders have to be exact; others keep the table in 8 bits, which moves logits by little, or on the
+        # 4-bit grid that it was trained on
+        compact: Grid = "int4" if trained == "int4" else "int8"
+        plain: Grid = grid if grid in ("fp32", "fp16") else compact
         embed: Grid = plain if options.embed_quant == "auto" else options.embed_quant
         head: Grid = embed if options.head_quant == "auto" else options.head_quant
         vision: VisionGrid = "fp32" if grid == "fp32" else "fp16"
@@ -217,14 +224,15 @@ def _grid_of(linear: str, patterns: Sequence[tuple[str, str]], otherwise: Grid) 
 class _Writing:
     """Writes the graphs of one folder."""
 
-    def __init__(self, options: OnnxOptions, assembly: Assembly, grid: Grid, merge: bool, out: Path) -> None:
+    def __init__(
+        self, options: OnnxOptions, assembly: Assembly, grid: Grid, tables: _Tables, merge: bool, out: Path
+    ) -> None:
         self.options, self.assembly, self.model, self.grid, self.merge = options, assembly, assembly.model, grid, merge
         self.folder, self.suffix = out / "onnx", SUFFIXES[grid]
         self.out = out
         config = self.model.language.config
         longest = int(getattr(config, "max_position_embeddings", LONGEST_CONTEXT))
         self.context = min(options.context_length or LONGEST_CONTEXT, longest)
-        tables = _Tables.of(options, grid)
         self.embed, self.head, self.vision = tables.embed, tables.head, tables.vision
         self.graphs: dict[str, str] = {}
         self.decoders: dict[str, str] = {}
@@ -275,15 +283,12 @@ class _Writing:
 
     def _tables(self, data: DataFile) -> tuple[StoredMatrix | None, Callable[[GraphBuilder, ir.Value], ir.Value]]:
         """Store the embedding of a text model; return the head if it is the same table, and what looks ids up."""
-        table = encode(self._embedding(), self.embed, quantizer_for(self.embed))
+        table = encode_table(self.model, EMBEDDING, self.embed, quantizer_for(self.embed))
         stored = store_table(data, table)
         head = None
-        if self.tied:
+        if self.tied and self.model.hidden_size % max(1, 2 * stored.block_size) == 0:
             head = _as_head(stored)
         return head, lambda graph, ids: lookup(graph, ids, stored)
-
-    def _embedding(self) -> Tensor:
-        return cast(Tensor, self.model.language.model.embed_tokens.weight.detach())
 
     def _write_seeing(self) -> None:
         assert self.assembly.images is not None
@@ -294,7 +299,7 @@ class _Writing:
             "vision": f"vision_encoder{vision_suffix}.onnx",
         }
         self.graphs |= {role: f"onnx/{file}" for role, file in files.items()}
-        table = encode(self._embedding(), self.embed, quantizer_for(self.embed))
+        table = encode_table(self.model, EMBEDDING, self.embed, quantizer_for(self.embed))
         write_embedding_graphs(
             table, self.folder / files["embed_tokens"], self.folder / files["embedding"],
             image_id=int(self.model.language.config.vocab_size),

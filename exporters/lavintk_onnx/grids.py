@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from lavintk.errors import ModelError
 from lavintk.layers import is_finite
+from lavintk.models.vocabulary import QuantizedEmbedding, QuantizedHead
 from lavintk.threads import slices
 from lavintk_onnx.graph import MICROSOFT, DataFile, GraphBuilder, StoredWeight
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lavintk.layers import FrozenLinear, PackedWeight
+    from lavintk.models.multimodal import MultimodalModel
 
 Grid = Literal["int4", "int8", "nf4", "fp16", "fp32"]
 BITS = {"int4": 4, "int8": 8}
@@ -106,6 +108,22 @@ def encode(weight: Tensor, grid: Grid, quantize: Callable[[Tensor], FrozenLinear
     if encoded is None:
         raise ModelError(f"the quantizer made a weight of scheme {packed.scheme!r}, which is not the grid {grid}")
     return encoded
+
+
+def encode_table(
+    model: MultimodalModel, name: str, grid: Grid, quantize: Callable[[Tensor], FrozenLinear] | None = None
+) -> EncodedWeight:
+    """Return the embedding or the output head on ``grid``; blocks that lie there already are copied.
+
+    :param name: the module's, as in :mod:`lavintk.models.vocabulary`; where they are tied, both are one table.
+    :param quantize: as in :func:`encode_layer`.
+    :raises ModelError: see :func:`encode`.
+    """
+    module = model.language.get_submodule(name)
+    if not isinstance(module, QuantizedEmbedding | QuantizedHead):
+        return encode(module.weight.detach(), grid, quantize)
+    parts = [encode_layer(block, grid, quantize) for block in module.table.blocks]
+    return stack(parts) if stackable(parts) else encode(module.table.dequantize(torch.float32), grid, quantize)
 
 
 _FLOATS = {"fp16": "float16", "fp32": "float32"}

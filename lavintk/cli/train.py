@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import shlex
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,17 +110,34 @@ def overrides_of(assignments: tuple[str, ...], flags: dict[str, Any]) -> dict[st
     return overrides | dict(parse_assignment(text) for text in assignments)
 
 
+def as_flags(changes: Mapping[str, Any]) -> list[str]:
+    """Return what on a command line overrides the recipe's keys with ``changes``."""
+    named = {key: f"--{flag.replace('_', '-')}" for flag, key in FLAGS.items()}
+    flags = []
+    for key, value in changes.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        if key in named and isinstance(value, str | int) and not isinstance(value, bool):
+            flags.append(f"{named[key]} {shlex.quote(text)}")
+        else:
+            flags.append(f"--set {shlex.quote(f'{key}={text}')}")
+    return flags
+
+
 @click.command()
 @recipe_flags
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/<time>-<recipe>]")
 @click.option("--resume", type=click.Path(path_type=Path), help="Go on with the run in this folder.")
-@click.option("--fit", help="Change the recipe so that it fits into this much GPU memory, for example 8GB.")
+@click.option(
+    "--fit", help="Change the recipe so that it fits into this much GPU memory: 8GB, or auto for what is free."
+)
+@click.option("--host", help="With --fit: how much host memory may be used.  [default: what this machine has free]")
 @click.option("--dry-run", is_flag=True, help="Print the resolved recipe and stop.")
 def train(
     recipe: str | None,
     out: Path | None,
     resume: Path | None,
     fit: str | None,
+    host: str | None,
     assignments: tuple[str, ...],
     dry_run: bool,
     **flags: Any,
@@ -134,12 +153,14 @@ def train(
 
     console = Console()
     if resume is not None:
-        if recipe or out or fit or overrides_of(assignments, flags):
+        if recipe or out or fit or host or overrides_of(assignments, flags):
             raise RecipeError("--resume", ["a run goes on with its own recipe; leave out everything else"])
         return _run_resumed(resume, console)
+    if host is not None and fit is None:
+        raise RecipeError("--host", ["it goes with --fit"])
     resolved = resolve(recipe, assignments, flags)
     if fit is not None:
-        resolved = fitted(resolved, fit, console)
+        resolved = fitted(resolved, fit, host, console)
     if dry_run:
         click.echo(resolved.to_yaml(), nl=False)
         return 0
@@ -149,17 +170,26 @@ def train(
     return show_next_steps(run.folder, run.manifest["status"], console)
 
 
-def fitted(recipe: Recipe, size: str, console: Any) -> Recipe:
-    """Return the recipe changed to fit into ``size``, and say what was changed.
+def fitted(recipe: Recipe, size: str, host: str | None, console: Any) -> Recipe:
+    """Return the recipe changed to fit into ``size`` on the device and ``host`` on the host, and say what was changed.
 
     :raises RecipeError: it cannot be made to fit.
     """
-    from lavintk.plan import GIB, fit, parse_size
+    import psutil
+
+    from lavintk.fitting import fit, free_memory, parse_size
+    from lavintk.plan import GIB
     from lavintk.plugins import installed_plugins
 
-    found = fit(recipe, installed_plugins(), parse_size(size))
-    changes = ", ".join(f"{key}={value}" for key, value in found.changes.items()) or "nothing had to be changed"
-    console.print(f"fit into {size}: {changes}; {found.plan.device / GIB:.2f} GiB foretold", highlight=False)
+    limit = free_memory(recipe) if size == "auto" else parse_size(size)
+    on_host = psutil.virtual_memory().available if host is None else parse_size(host, "--host")
+    found = fit(recipe, installed_plugins(), limit, on_host)
+    changes = " ".join(as_flags(found.changes)) or "nothing had to be changed"
+    shown = f"{size} ({limit / GIB:.2f} GiB are free)" if size == "auto" else size
+    console.print(
+        f"fit into {shown}: {changes}; {found.plan.device / GIB:.2f} GiB foretold", highlight=False, markup=False,
+        soft_wrap=True,
+    )  # fmt: skip
     return found.recipe
 
 

@@ -2,7 +2,8 @@
 
 ``eager`` launches each operation when Python comes to it. ``graph`` records the operations of a micro-batch once, as a
 CUDA graph, and replays them: at batch sizes of one consumer GPU launching takes several times longer than computing.
-Both give the same gradients up to rounding.
+``layerwise`` takes the micro-batches of a step through the layers side by side, for a base that is streamed. All give
+the same gradients up to rounding.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from torch import Tensor
 from lavintk.data.batch import Batch
 from lavintk.engine.eager import EagerEngine
 from lavintk.engine.graph import GraphEngine, NotRecordableError, why_not_recordable
+from lavintk.engine.layerwise import LayerwiseEngine
 from lavintk.errors import RecipeError
 from lavintk.models.multimodal import MultimodalModel
 
-__all__ = ["EagerEngine", "Engine", "GraphEngine", "NotRecordableError", "choose_engine"]
+__all__ = ["EagerEngine", "Engine", "GraphEngine", "LayerwiseEngine", "NotRecordableError", "choose_engine"]
 
 
 class Engine(Protocol):
@@ -41,8 +43,9 @@ class Engine(Protocol):
 def choose_engine(
     setting: str, model: MultimodalModel, scaler: torch.amp.GradScaler, capacity: int, seed: int = 0
 ) -> tuple[Engine, str]:
-    """Return the engine for ``setting`` (``auto``, ``eager`` or ``graph``), and why it is not a faster one.
+    """Return the engine for ``setting``, and why it is not a faster one.
 
+    :param setting: ``auto``, ``eager``, ``graph`` or ``layerwise``.
     :param scaler: scales losses; disabled outside of fp16.
     :param capacity: tokens of a full micro-batch.
     :param seed: of dropout.
@@ -51,6 +54,8 @@ def choose_engine(
     eager = EagerEngine(model, scaler)
     if setting == "eager":
         return eager, ""
+    if setting == "layerwise" or (setting == "auto" and model.stream is not None):
+        return LayerwiseEngine(model, scaler, seed), ""
     reason = why_not_recordable(model)
     if not reason:
         return GraphEngine(model, scaler, capacity, seed), ""

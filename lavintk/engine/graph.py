@@ -34,6 +34,8 @@ def why_not_recordable(model: MultimodalModel) -> str:
     """Return what keeps ``model`` from being recorded, or an empty text if nothing is known to."""
     if model.device.type != "cuda":
         return "CUDA graphs need a CUDA device"
+    if model.stream is not None:
+        return "the base is streamed, and its layers take turns in the device's memory"
     layers = {type(module).__name__ for module in model.linears().values() if not module.graph_safe}
     if layers:
         return f"the host waits for the device in layers of the kind {', '.join(sorted(layers))}"

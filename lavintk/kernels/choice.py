@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lavintk.errors import LavintkError, did_you_mean
 
-NAMES = ("dequantize", "rms_norm", "rope", "swiglu")
+NAMES = ("dequantize", "low_rank", "rms_norm", "rope", "swiglu")
 """The kernels that :data:`VARIABLE` can name; ``dequantize`` stands for those of all quantizers."""
 VARIABLE = "LAVINTK_KERNELS"
 """Environment variable: ``all`` (the default), ``none``, or names of kernels, separated by commas."""

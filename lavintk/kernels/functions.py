@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lavintk.kernels import plain
 from lavintk.kernels.choice import fused
+from lavintk.kernels.plain import LowRank
 
 WIDEST_ROW = 65536
 """Elements of a row that one program still takes whole."""
@@ -22,13 +23,64 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     :param x: ``[..., H]``. :param weight: ``[H]``. :param eps: added to the mean square.
     :returns: the shape of ``x``.
     """
-    trained = weight.requires_grad and torch.is_grad_enabled()
-    fits = weight.shape == x.shape[-1:] and x.shape[-1] <= WIDEST_ROW
-    if not trained and fits and fused("rms_norm", x, weight):
+    if _norm_kernel_suits(x, weight):
         from lavintk.kernels import triton_norm
 
         return triton_norm.rms_norm(x, weight, eps)
     return plain.rms_norm(x, weight, eps)
+
+
+def rms_norm_and_pass(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return ``x`` normalised as :func:`rms_norm` does, and ``x`` itself, for a residual that goes around what follows.
+
+    Both lead back to one node of the graph, so the kernel that makes the gradient of ``x`` also adds what comes along
+    the residual, in fp32. The second result shares memory with ``x``: neither may be changed in place.
+
+    :param x: ``[..., H]``. :param weight: ``[H]``. :param eps: added to the mean square.
+    """
+    if _norm_kernel_suits(x, weight):
+        from lavintk.kernels import triton_norm
+
+        return triton_norm.rms_norm_and_pass(x, weight, eps)
+    return plain.rms_norm(x, weight, eps), x
+
+
+def _norm_kernel_suits(x: Tensor, weight: Tensor) -> bool:
+    trained = weight.requires_grad and torch.is_grad_enabled()
+    fits = weight.shape == x.shape[-1:] and x.shape[-1] <= WIDEST_ROW
+    return not trained and fits and fused("rms_norm", x, weight)
+
+
+def add_low_rank(product: Tensor, update: LowRank, residual: Tensor | None = None) -> Tensor:
+    """Add ``update`` and ``residual`` to ``product`` in place and return it.
+
+    For use inside an autograd function: without gradient. The kernel sums in fp32 and rounds once.
+
+    :param product: ``[..., out]``, contiguous. :param residual: ``[..., out]``; it stays as it is.
+    """
+    fits = residual is None or (residual.shape == product.shape and residual.is_contiguous())
+    if fits and fused("low_rank", product, *update[:2], *(() if residual is None else (residual,))):
+        from lavintk.kernels import triton_low_rank
+
+        return triton_low_rank.add_low_rank(product, update, residual)
+    return plain.add_low_rank(product, update, residual)
+
+
+def swiglu_low_rank(gate: Tensor, up: Tensor, gate_update: LowRank, up_update: LowRank) -> Tensor:
+    """Return :func:`swiglu` of products to which the updates have yet to be added.
+
+    The kernel keeps all arguments for the backward pass and adds the updates there once more, so that no sum is ever
+    written. Gradients flow to ``gate`` and ``up`` only: those of the sums, from which a caller gets the updates' own.
+
+    :param gate: ``[..., I]``. :param up: likewise.
+    """
+    fits = gate.shape == up.shape and gate.is_contiguous() and up.is_contiguous()
+    tensors = (gate, up, *gate_update[:2], *up_update[:2])
+    if fits and fused("low_rank", *tensors) and fused("swiglu", *tensors):
+        from lavintk.kernels import triton_low_rank
+
+        return triton_low_rank.swiglu_low_rank(gate, up, gate_update, up_update)
+    return plain.swiglu_low_rank(gate, up, gate_update, up_update)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,6 +14,33 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)
+
+
+class LowRank(NamedTuple):
+    """What LoRA (arXiv:2106.09685) adds to a product ``[..., out]``: ``scale * inner @ up.T``, without gradient.
+
+    :param inner: ``[N, r]``, a row for each row of the product. :param up: ``[out, r]``.
+    """
+
+    inner: Tensor
+    up: Tensor
+    scale: float
+
+
+def add_low_rank(product: Tensor, update: LowRank, residual: Tensor | None) -> Tensor:
+    """Add ``update`` to ``product`` in place, and then ``residual``."""
+    product.view(-1, product.shape[-1]).addmm_(update.inner, update.up.t(), alpha=update.scale)
+    return product if residual is None else product.add_(residual)
+
+
+def swiglu_low_rank(gate: Tensor, up: Tensor, gate_update: LowRank, up_update: LowRank) -> Tensor:
+    """Return :func:`swiglu` of products to which the updates have yet to be added."""
+    return swiglu(_updated(gate, gate_update), _updated(up, up_update))
+
+
+def _updated(product: Tensor, update: LowRank) -> Tensor:
+    rows = product.reshape(-1, product.shape[-1])
+    return torch.addmm(rows, update.inner, update.up.t(), alpha=update.scale).view(product.shape)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -19,34 +20,66 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return cast(Tensor, _RMSNorm.apply(x, weight, eps))  # type: ignore[no-untyped-call]
 
 
+def rms_norm_and_pass(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Compute :func:`lavintk.kernels.rms_norm_and_pass`; ``x`` ``[..., H]`` and ``weight`` share type and device."""
+    return cast(tuple[Tensor, Tensor], _RMSNormAndPass.apply(x, weight, eps))  # type: ignore[no-untyped-call]
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rows, weight = _rows(x), weight.contiguous()
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        rstd = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
-        grid, shape, warps = _plan(rows)
-        with torch.cuda.device_of(x):
-            _forward[grid](
-                rows, weight, out, rstd, rows.shape[0], rows.stride(0), eps, *shape,
-                num_warps=warps, enable_fp_fusion=False,
-            )  # fmt: skip
-        ctx.save_for_backward(x, weight, rstd)
-        return out
+        return _normalised(ctx, x, weight, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        x, weight, rstd = ctx.saved_tensors
-        rows, grads = _rows(x), _rows(grad)
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        grid, shape, warps = _plan(rows)
-        with torch.cuda.device_of(x):
-            _backward[grid](
-                rows, weight, rstd, grads, out, rows.shape[0], rows.stride(0), grads.stride(0), *shape,
-                num_warps=warps, enable_fp_fusion=False,
-            )  # fmt: skip
-        return out, None, None
+        return _input_gradient(ctx.saved_tensors, grad, None), None, None
+
+
+class _RMSNormAndPass(torch.autograd.Function):
+    """The norm of x, and x; saves what :class:`_RMSNorm` saves."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return _normalised(ctx, x, weight, eps), x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, passed: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if grad is None:  # nobody used the norm
+            return passed, None, None
+        return _input_gradient(ctx.saved_tensors, grad, passed), None, None
+
+
+def _normalised(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return the norm of ``x`` and save what its gradient needs."""
+    rows, weight = _rows(x), weight.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rstd = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
+    grid, shape, warps = _plan(rows)
+    with torch.cuda.device_of(x):
+        _forward[grid](
+            rows, weight, out, rstd, rows.shape[0], rows.stride(0), eps, *shape,
+            num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    ctx.save_for_backward(x, weight, rstd)
+    return out
+
+
+def _input_gradient(saved: Sequence[Tensor], grad: Tensor, passed: Tensor | None) -> Tensor:
+    """Return the gradient of ``x``, given that of its norm, with the other gradient of ``x``, ``passed``, added."""
+    x, weight, rstd = saved
+    rows, grads = _rows(x), _rows(grad)
+    others = grads if passed is None else _rows(passed)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grid, shape, warps = _plan(rows)
+    with torch.cuda.device_of(x):
+        _backward[grid](
+            rows, weight, rstd, grads, others, out, rows.shape[0], rows.stride(0), grads.stride(0), others.stride(0),
+            passed is not None, *shape, num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -85,11 +118,14 @@ def _forward(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _backward(
-    x_ptr: tl.tensor, weight_ptr: tl.tensor, rstd_ptr: tl.tensor, grad_ptr: tl.tensor, out_ptr: tl.tensor,
-    count: tl.tensor, stride: tl.tensor, grad_stride: tl.tensor,
-    width: tl.constexpr, height: tl.constexpr, block: tl.constexpr,
+    x_ptr: tl.tensor, weight_ptr: tl.tensor, rstd_ptr: tl.tensor, grad_ptr: tl.tensor, passed_ptr: tl.tensor,
+    out_ptr: tl.tensor, count: tl.tensor, stride: tl.tensor, grad_stride: tl.tensor, passed_stride: tl.tensor,
+    passes: tl.constexpr, width: tl.constexpr, height: tl.constexpr, block: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Write the gradient of ``height`` rows of x: ``rstd * (g - n * mean(g * n))`` with ``n = x * rstd``."""
+    """Write the gradient of ``height`` rows of x: ``rstd * (g - n * mean(g * n))`` with ``n = x * rstd``.
+
+    If ``passes``, another gradient of x is added to it.
+    """
     row = tl.program_id(0).to(tl.int64) * height + tl.arange(0, height)
     column = tl.arange(0, block)[None, :]
     inside = (row < count)[:, None] & (column < width)
@@ -101,4 +137,6 @@ def _backward(
     normed = x.to(tl.float32) * rstd
     along = tl.sum(scaled * normed, axis=1)[:, None] / width
     out = rstd * (scaled - normed * along)
+    if passes:
+        out += tl.load(passed_ptr + row[:, None] * passed_stride + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + row[:, None] * width + column, out.to(x.dtype), mask=inside)

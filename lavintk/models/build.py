@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
 
+from lavintk.contracts import Quantizer
 from lavintk.data.batches import FindFeatures
 from lavintk.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageProcessor
 from lavintk.data.template import Template, make_template
 from lavintk.devices import enough_memory
+from lavintk.models.base_cache import load_base, wanted_base
 from lavintk.models.catalog import locate
 from lavintk.models.connector import connect
 from lavintk.models.delta_source import with_delta
@@ -25,7 +28,9 @@ from lavintk.models.language import (
     vision_config,
 )
 from lavintk.models.multimodal import MultimodalModel
+from lavintk.models.quantized_base import QuantizedBase
 from lavintk.models.sources import WeightSource, open_source
+from lavintk.models.stream import LayersOutside
 from lavintk.models.tokenizer import check_vocabulary, load_tokenizer
 from lavintk.plugins import Plugins
 from lavintk.recipe import Recipe
@@ -60,12 +65,16 @@ def build(
     check_base: Callable[[Mapping[str, Mapping[str, str]]], None] | None = None,
     trained_in: torch.dtype | None = None,
     stream: bool = False,
+    say: Callable[[str], None] | None = None,
+    outside: Literal["none", "cpu", "disk"] = "none",
 ) -> Assembly:
     """Load the frozen models, quantize, join them and attach the recipe's adapter, untrained.
 
     :param check_base: called with the fingerprints by role before any weights are read; what it raises ends the work.
     :param trained_in: the compute type of a training that took place already; see
         :func:`~lavintk.models.language.load_language_model`, as for ``stream``.
+    :param say: takes a line on a base that was kept on disk, and notes; None: they go to the log.
+    :param outside: where the language model's layers wait for their turn on the device; none: on it.
     :raises LavintkError: weights, tokenizer or options do not fit; nothing is left on the device.
     """
     quantizer = plugins.quantizers.create(recipe.quant)
@@ -77,13 +86,27 @@ def build(
         check_base(base)
 
     def advice() -> str:
-        return f"Quantize it to fewer bits (quant is {recipe.quant}), take a smaller one, or free the device."
+        from lavintk.fitting import advice_for  # which makes outlines by this module
+
+        fitting = advice_for(recipe, plugins, device)
+        return f"{fitting} Quantize it to fewer bits (quant is {recipe.quant}), take a smaller one, or free the device."
 
     with enough_memory(device, "while loading the model", advice):
-        language: Any = load_language_model(
-            sources["language"], quantizer, device=device, dtype=dtype, progress=progress,
-            trained_in=trained_in, stream=stream,
-        )  # fmt: skip
+
+        def load(*, kept: QuantizedBase | None = None) -> nn.Module:
+            return load_language_model(
+                sources["language"], quantizer, device=device, dtype=dtype, progress=progress,
+                trained_in=trained_in, stream=stream, embed_quantizer=_embed_quantizer(recipe, plugins), kept=kept,
+                outside=None if outside == "none" else LayersOutside(device, outside),  # what a failure filled is lost
+            )  # fmt: skip
+
+        wanted = None
+        if recipe.model.cache is not False and not (stream and device.type != "cpu"):  # which quantizes on both
+            wanted = wanted_base(
+                sources["language"], base["language"]["sha256"], plugins, recipe.quant, recipe.embed_quant,
+                [trained_in or dtype, dtype], device,
+            )  # fmt: skip
+        language: Any = load_base(load, wanted, recipe.model.cache, may_keep=not stream, say=say)
         tower, connector = None, None
         if "vision" in sources:
             vision = load_vision_model(
@@ -95,6 +118,9 @@ def build(
         model = MultimodalModel(language, tower, connector)
         if adapter is not None:
             model.attach(adapter)
+        if recipe.train.adapter_precision == "bf16":
+            for parameter in model.trainable().values():
+                parameter.data = parameter.data.to(torch.bfloat16)
     template = make_template(
         tokenizer, recipe.data.template, system=recipe.data.system, visual_tokens=model.visual_tokens
     )
@@ -119,7 +145,7 @@ def outline(recipe: Recipe, plugins: Plugins, sources: Mapping[str, WeightSource
     :param sources: ``"language"`` and, with a tower, ``"vision"``.
     :raises LavintkError: as :func:`build`, as far as it shows without reading weights.
     """
-    language: Any = outline_language_model(sources["language"])
+    language: Any = outline_language_model(sources["language"], _embed_quantizer(recipe, plugins))
     tower, connector = None, None
     if "vision" in sources:
         vision = outline_vision_model(sources["vision"])
@@ -129,6 +155,11 @@ def outline(recipe: Recipe, plugins: Plugins, sources: Mapping[str, WeightSource
     if recipe.adapter is not None:
         model.attach(plugins.adapters.create(recipe.adapter))
     return model
+
+
+def _embed_quantizer(recipe: Recipe, plugins: Plugins) -> Quantizer | None:
+    """Return what stores embedding and head, or None where they stay plain."""
+    return None if recipe.embed_quant.name == "none" else plugins.quantizers.create(recipe.embed_quant)
 
 
 def _fingerprints(sources: Mapping[str, WeightSource]) -> dict[str, dict[str, str]]:

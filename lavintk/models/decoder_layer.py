@@ -12,8 +12,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lavintk.kernels import rms_norm, rope, swiglu
-from lavintk.layers import forward_group
+from lavintk.kernels import rms_norm, rms_norm_and_pass, rope
+from lavintk.layers import forward_gated, forward_group, forward_onto, has_hooks
 from lavintk.models.attention import AttentionPlan, PackPlan
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
@@ -35,6 +35,10 @@ class FrozenRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., width]`` to the same shape."""
         return rms_norm(x, self.weight, self.variance_epsilon)
+
+    def forward_and_pass(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`forward` returns, and ``x`` for the residual; see :func:`rms_norm_and_pass`."""
+        return rms_norm_and_pass(x, self.weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
         """Describe the norm in ``print(model)``."""
@@ -71,17 +75,26 @@ def replace_norms(model: nn.Module) -> None:
 def run_layer(layer: nn.Module, hidden: Tensor, place: Place) -> Tensor:
     """Return the states ``[1, N + M, hidden]`` behind ``layer``, one of a known family."""
     parts: Any = layer
-    hidden = hidden + _attention(parts.self_attn, parts.input_layernorm(hidden), place)
-    normed = parts.post_attention_layernorm(hidden)
-    gate, up = forward_group([parts.mlp.gate_proj, parts.mlp.up_proj], normed)
+    normed, hidden = _normed(parts.input_layernorm, hidden)
+    hidden = forward_onto(parts.self_attn.o_proj, _attended(parts.self_attn, normed, place), hidden)
+    normed, hidden = _normed(parts.post_attention_layernorm, hidden)
     if isinstance(parts.mlp.act_fn, nn.SiLU) or type(parts.mlp.act_fn).__name__ == "SiLUActivation":
-        inner = swiglu(gate, up)
+        inner = forward_gated(parts.mlp.gate_proj, parts.mlp.up_proj, normed)
     else:
+        gate, up = forward_group([parts.mlp.gate_proj, parts.mlp.up_proj], normed)
         inner = parts.mlp.act_fn(gate) * up
-    return cast(Tensor, hidden + parts.mlp.down_proj(inner))
+    return forward_onto(parts.mlp.down_proj, inner, hidden)
 
 
-def _attention(attention: Any, normed: Tensor, place: Place) -> Tensor:
+def _normed(norm: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what ``norm`` makes of ``hidden``, and ``hidden`` for the residual that goes around the norm."""
+    if type(norm) is FrozenRMSNorm and not has_hooks(norm):
+        return norm.forward_and_pass(hidden)
+    return norm(hidden), hidden
+
+
+def _attended(attention: Any, normed: Tensor, place: Place) -> Tensor:
+    """Return what the heads see, side by side, ``[1, N + M, heads * d]``: the input of ``o_proj``."""
     projections = forward_group([attention.q_proj, attention.k_proj, attention.v_proj], normed)
     q, k, v = (x[0].unflatten(-1, (-1, attention.head_dim)) for x in projections)
     if hasattr(attention, "q_norm"):
@@ -91,7 +104,7 @@ def _attention(attention: Any, normed: Tensor, place: Place) -> Tensor:
     window = _window(attention)
     dropout = attention.attention_dropout if attention.training else 0.0
     attended = place.plan.attend(attention.layer_idx, q, k, v, scale=attention.scaling, window=window, dropout=dropout)
-    return cast(Tensor, attention.o_proj(attended.flatten(1).unsqueeze(0)))
+    return attended.flatten(1).unsqueeze(0)
 
 
 def _window(attention: Any) -> int | None:

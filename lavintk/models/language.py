@@ -22,9 +22,13 @@ from lavintk.models.attention import IMPLEMENTATION
 from lavintk.models.decoder_layer import replace_norms
 from lavintk.models.sources import WeightSource, check_names
 from lavintk.models.staging import places, read_ahead
+from lavintk.models.vocabulary import TABLES, check_plain, outline_table, pieces, put_table, quantize_table
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from lavintk.models.quantized_base import QuantizedBase
+    from lavintk.models.stream import LayersOutside
 
 LANGUAGE_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 """Tested ``model_type`` values. Others of the same structure are tried and may work."""
@@ -51,38 +55,73 @@ def load_language_model(
     trained_in: torch.dtype | None = None,
     stream: bool = False,
     readers: int | None = None,
+    embed_quantizer: Quantizer | None = None,
+    kept: QuantizedBase | None = None,
+    outside: LayersOutside | None = None,
 ) -> nn.Module:
     """Return transformers' causal LM with frozen, quantized linear layers on ``device``.
 
-    Embedding, norms and output head are kept in ``dtype``.
+    Norms are kept in ``dtype``, and so are embedding and output head unless there is a quantizer for them.
 
     :param trained_in: weights are rounded to this type first, so that they are quantized to the same codes as where
         the model was trained.
     :param stream: linear layers are read and quantized whenever they are asked for, instead of being held.
     :param readers: threads that read; None means as many as suit the device.
-    :raises ModelError: not a Llama-like decoder.
+    :param embed_quantizer: stores embedding and head in blocks of rows, see :mod:`lavintk.models.vocabulary`.
+    :param kept: what these arguments made once: values come from there, and no weight of ``source`` is read.
+    :param outside: takes the linear layers' storage off the device, a decoder layer at a time; the model's attribute
+        ``layer_stream`` brings it back.
+    :raises ModelError: not a Llama-like decoder, or its embedding or head cannot be stored so.
     :raises CheckpointError: tensors missing, unexpected, misshapen or unreadable; all listed.
     """
     model, ignore = _empty_language_model(source, dtype)
-    fill(
-        model, source, quantizer, LANGUAGE_STACK, ignore,
-        device=device, dtype=dtype, progress=progress, trained_in=trained_in, stream=stream, readers=readers,
-    )  # fmt: skip
-    if model.config.tie_word_embeddings:
+    if embed_quantizer is not None:
+        check_plain(model)
+    if kept is not None:
+        _outline_tables(model, embed_quantizer, dtype)
+        if outside is not None:
+            outside.stored = kept.layer_bytes
+        kept.fill(
+            model, quantizer, embed_quantizer, device=device, progress=progress, stream=stream, readers=readers,
+            place=None if outside is None else outside.place,
+        )  # fmt: skip
+    else:
+        fill(
+            model, source, quantizer, LANGUAGE_STACK, ignore,
+            device=device, dtype=dtype, progress=progress, trained_in=trained_in, stream=stream, readers=readers,
+            embed_quantizer=embed_quantizer, place=None if outside is None else outside.place,
+        )  # fmt: skip
+    if outside is not None:
+        model.layer_stream = outside.put_into(model)
+    if model.config.tie_word_embeddings and embed_quantizer is None:
         model.lm_head.weight = model.model.embed_tokens.weight
     # its frequencies are a buffer that no checkpoint holds
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
     return cast(nn.Module, model.requires_grad_(False))
 
 
-def outline_language_model(source: WeightSource) -> nn.Module:
+def outline_language_model(source: WeightSource, embed_quantizer: Quantizer | None = None) -> nn.Module:
     """Return the model of :func:`load_language_model` on the meta device: all of it but the values.
+
+    Linear layers are plain ones there; embedding and head have the storage that ``embed_quantizer`` gives them.
 
     :raises LavintkError: as :func:`load_language_model`, as far as names and shapes show.
     """
     model, ignore = _empty_language_model(source, torch.float32)
     check_names(source, _shapes(model), ignore)
+    if embed_quantizer is not None:
+        check_plain(model)
+    _outline_tables(model, embed_quantizer, torch.float32)
     return _outline(model, LANGUAGE_STACK)
+
+
+def _outline_tables(model: Any, embed_quantizer: Quantizer | None, dtype: torch.dtype) -> None:
+    """Put tables without values where loading puts quantized ones."""
+    if embed_quantizer is None:
+        return
+    for name in TABLES[: 1 if model.config.tie_word_embeddings else 2]:
+        rows, columns = model.get_parameter(name).shape
+        put_table(model, name, outline_table(rows, columns, embed_quantizer), dtype)
 
 
 def _empty_language_model(source: WeightSource, dtype: torch.dtype) -> tuple[Any, Callable[[str], bool]]:
@@ -212,6 +251,8 @@ def fill(
     trained_in: torch.dtype | None = None,
     stream: bool = False,
     readers: int | None = None,
+    embed_quantizer: Quantizer | None = None,
+    place: Callable[[str, FrozenLinear], None] | None = None,
 ) -> None:
     """Give every parameter of ``model`` (on the meta device) its value from ``source``.
 
@@ -221,6 +262,8 @@ def fill(
     :param trained_in: see :func:`load_language_model`.
     :param stream: put :class:`StreamedLinear` in place of ``quantizer``'s layers.
     :param readers: see :func:`load_language_model`.
+    :param embed_quantizer: see :func:`load_language_model`.
+    :param place: takes ``quantizer``'s layers by their names; None puts them into ``model``.
     """
     expected = _shapes(model)
     check_names(source, expected, ignore)  # type: ignore[arg-type]
@@ -242,10 +285,18 @@ def fill(
         # the device casts faster, but what becomes narrower would take room there beside its copy
         return stored.to(first) if first.itemsize < stored.dtype.itemsize else stored
 
+    if embed_quantizer is not None:
+        for name in (name for name in names if name in TABLES):
+            _put_table(model, source, name, embed_quantizer, lambda piece: rounded(piece.to(device)), dtype)
+            done += source.tensor_nbytes(name)
+            if progress is not None:
+                progress(done, total)
+        names = [name for name in names if name not in TABLES]
     if stream:
         _stream(model, linears, names, lambda name: rounded(source.read(name)), quantizer)
         names = [name for name in names if name.rpartition(".")[0] not in linears]
     sizes = [(name, source.tensor_nbytes(name)) for name in names]
+    put = place or model.set_submodule
     with places(device, readers) as ring:
         for name, tensor in read_ahead(read, sizes, ring):
             module_name, _, leaf = name.rpartition(".")
@@ -255,11 +306,32 @@ def fill(
             elif leaf == "bias":
                 waiting[module_name] = tensor
             else:
-                _put(model, module_name, quantizer.quantize(tensor, waiting.pop(module_name, None)))
+                put(module_name, quantizer.quantize(tensor, waiting.pop(module_name, None)))
             del tensor
             done += source.tensor_nbytes(name)
             if progress is not None:
                 progress(done, total)
+
+
+def _put_table(
+    model: Any,
+    source: WeightSource | Prefixless,
+    name: str,
+    quantizer: Quantizer,
+    prepare: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """Read embedding or head and quantize it block by block, so that one block at a time is on the device in full.
+
+    A head that is stored though it is tied is not read.
+
+    :param prepare: puts rows on the device and rounds them.
+    :param dtype: of the embeddings.
+    """
+    if model.config.tie_word_embeddings and name != TABLES[0]:
+        return
+    rows = map(prepare, pieces(source.read(name)))
+    put_table(model, name, quantize_table(rows, quantizer), dtype)
 
 
 def _stream(

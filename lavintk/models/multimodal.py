@@ -9,7 +9,7 @@ number of rows where an adapter wants a side token for each (:class:`Manner`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,12 +27,16 @@ from lavintk.models import decoder_layer
 from lavintk.models.attention import AttentionPlan, KeyValueCache, PackPlan
 from lavintk.models.connector import PatchProjector, TapNeck
 from lavintk.models.decoder_layer import Place
+from lavintk.models.host_memory import HostTensors
+from lavintk.models.loss import cross_entropy_sum, head_blocks
+from lavintk.models.stream import LayerStream
 from lavintk.models.vision import VisionTower, run_block
+from lavintk.models.vocabulary import QuantizedTable, tables_of
 
 Recompute = Callable[[Callable[..., Tensor], nn.Module, Tensor], Tensor]
 """Takes what runs a layer, the layer and its input; see :func:`recompute`."""
 LOSS_CHUNK = 256
-"""Labelled tokens whose logits exist at a time; 32k words in fp32 make 32 MiB."""
+"""Labelled tokens whose logits exist at a time; of a block of 32k words in fp32 they make 32 MiB."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,19 @@ class ForwardContext:
     owners: Tensor
     side: int
     cached: bool
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What stays the same while a micro-batch goes through the layers.
+
+    :param positions: ``[1, N + M]`` int64. :param rotary: cosines and sines as transformers' layers take them.
+    """
+
+    place: Place
+    positions: Tensor
+    rotary: tuple[Tensor, Tensor]
+    context: ForwardContext
 
 
 class ContextHolder:
@@ -118,7 +135,13 @@ class MultimodalModel(nn.Module):
         first so many decoder layers (and the tower's blocks)."""
         self.recompute: Recompute = recompute
         """How a layer is run whose activations are not kept; an engine may put its own in place."""
-        self._linears = {n: m for n, m in self.named_modules() if isinstance(m, FrozenLinear)}
+        self.offload: HostTensors | None = None
+        """Where the inputs of recomputed decoder layers wait for the backward pass; None: on the device."""
+        self.stream: LayerStream | None = getattr(language, "layer_stream", None)
+        """Brings decoder layers onto the device; None: they are there. All of them are recomputed then."""
+        self._tables = tables_of(language, "language")
+        blocks = {id(block) for table in self._tables.values() for block in table.blocks}
+        self._linears = {n: m for n, m in self.named_modules() if isinstance(m, FrozenLinear) and id(m) not in blocks}
         self._tower = {} if vision is None else dict(vision.named_modules())
         connected = set() if connector is None else {id(p) for p in connector.parameters()}
         self._frozen = {n: p for n, p in self.named_parameters() if id(p) not in connected}
@@ -146,15 +169,30 @@ class MultimodalModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type of the residual stream."""
-        return cast(torch.dtype, self.language.model.embed_tokens.weight.dtype)
+        return cast(torch.dtype, self.language.model.norm.weight.dtype)
 
     def linears(self) -> dict[str, FrozenLinear]:
         """Return the frozen linear layers by the name they had before anything was attached."""
         return dict(self._linears)
 
     def frozen_parameters(self) -> dict[str, nn.Parameter]:
-        """Return embeddings, norms and head by the name they had before anything was attached."""
+        """Return embeddings, norms and head by the name they had before anything was attached.
+
+        An embedding or head that is quantized is no parameter: :meth:`tables` has it.
+        """
         return dict(self._frozen)
+
+    def tables(self) -> dict[str, QuantizedTable]:
+        """Return the quantized embedding and head by the name that their weight has where it is not quantized.
+
+        A head that is tied to the embedding has no entry of its own.
+        """
+        return dict(self._tables)
+
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of :meth:`frozen_parameters` and :meth:`tables`."""
+        shapes: dict[str, tuple[int, ...]] = {name: tuple(p.shape) for name, p in self._frozen.items()}
+        return shapes | {name: table.shape for name, table in self._tables.items()}
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put ``module`` in place of the submodule ``name``."""
@@ -225,8 +263,8 @@ class MultimodalModel(nn.Module):
     def loss_sum(self, batch: Batch) -> Tensor:
         """Return the cross entropy summed over the labelled tokens, in nats, fp32.
 
-        Only labelled tokens reach the output head, a chunk at a time and recomputed in the backward pass, so the
-        logits of a whole batch never exist.
+        Only labelled tokens reach the output head, a chunk of them and a block of words at a time
+        (:mod:`lavintk.models.loss`), so the logits of a whole batch never exist.
         """
         rows = (batch.labels != IGNORED).nonzero().flatten()
         return self._cross_entropy(self.hidden(batch).index_select(0, rows), batch.labels.index_select(0, rows))
@@ -241,7 +279,7 @@ class MultimodalModel(nn.Module):
         embedded = self._embed(pack, False)[:-1]
         side = self._side_tokens()
         plan = PackPlan(pack.boundaries, pack.tokens)
-        states = self._run_layers(embedded, pack.positions, pack.conditions, plan, side, None)
+        states = self._run_layers(*self._start(embedded, pack.positions, pack.conditions, plan, side))
         return self._cross_entropy(states.index_select(0, pack.trained), pack.labels)
 
     def visual_embeddings(self, pixel_values: Tensor, *, blank_first: bool = False) -> Tensor:
@@ -310,7 +348,13 @@ class MultimodalModel(nn.Module):
         return embedded.index_copy(0, rows.visual_slots, visual.flatten(0, 1).to(embedded.dtype))
 
     def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Return the sum over labelled tokens ``[K, hidden]``, a chunk of logits at a time."""
+        """Return the sum over labelled tokens ``[K, hidden]``, a chunk of logits at a time.
+
+        The logits of a head that is trained or wrapped are computed as a whole, and again in the backward pass.
+        """
+        blocks = head_blocks(self.language.lm_head)
+        if blocks is not None:
+            return cross_entropy_sum(hidden, labels, blocks, LOSS_CHUNK)
         total = hidden.new_zeros((), dtype=torch.float32)
         for part, target in zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK)):
             total = total + checkpoint(self._chunk_loss, part, target, use_reentrant=False, preserve_rng_state=False)
@@ -329,26 +373,40 @@ class MultimodalModel(nn.Module):
         cache: KeyValueCache | None,
     ) -> Tensor:
         """Return the states of rows of ``lengths`` tokens, and of side tokens behind them."""
+        states, passage = self._start_rows(embedded, positions, lengths, conditions, side, cache)
+        states = self._run_layers(states, passage)
+        if cache is not None:
+            cache.advance(_as_tensor(lengths, embedded.device))
+        return states
+
+    def _start_rows(
+        self,
+        embedded: Tensor,
+        positions: Tensor,
+        lengths: tuple[int, ...],
+        conditions: Tensor,
+        side: Tensor | None,
+        cache: KeyValueCache | None,
+    ) -> tuple[Tensor, Passage]:
+        """Return the states in front of the first layer, of rows of ``lengths`` tokens, and their passage."""
         owners = torch.arange(len(lengths), device=conditions.device) if self.manner.side_per_row else conditions
         owners = owners.repeat_interleave(_as_tensor(lengths, conditions.device), output_size=embedded.shape[0])
         if side is not None and self.manner.side_per_row:
             side = side[conditions]
         plan = AttentionPlan.of(lengths, embedded.device, 0 if side is None else side.shape[0], cache)
-        states = self._run_layers(embedded, positions, owners, plan, side, cache)
-        if cache is not None:
-            cache.advance(_as_tensor(lengths, embedded.device))
-        return states
+        return self._start(embedded, positions, owners, plan, side, cached=cache is not None)
 
-    def _run_layers(
+    def _start(
         self,
         embedded: Tensor,
         positions: Tensor,
         owners: Tensor,
         plan: AttentionPlan | PackPlan,
         side: Tensor | None,
-        cache: KeyValueCache | None,
-    ) -> Tensor:
-        """Return the states ``[N + M, hidden]`` after the last norm.
+        *,
+        cached: bool = False,
+    ) -> tuple[Tensor, Passage]:
+        """Return the states ``[1, N + M, hidden]`` in front of the first layer, and their passage.
 
         :param owners: ``[N]``: the side token that each token belongs to.
         """
@@ -358,22 +416,62 @@ class MultimodalModel(nn.Module):
             embedded = torch.cat([embedded, side.to(embedded.dtype)])
             positions = F.pad(positions, (0, count))
             owners = torch.cat([owners, torch.arange(count, device=owners.device)])
-        context = ForwardContext(owners, count, cached=cache is not None)
         states, positions = embedded.unsqueeze(0), positions.unsqueeze(0)
         rotary = self.language.model.rotary_emb(states, position_ids=positions)
         place = Place(plan, rotary[0][0], rotary[1][0])
-        recomputed = len(self.layers) if self.checkpointing is True else int(self.checkpointing)
+        return states, Passage(place, positions, rotary, ForwardContext(owners, count, cached=cached))
+
+    def start(self, batch: Batch) -> tuple[Tensor, Passage]:
+        """Return the states ``[1, N + M, hidden]`` of a micro-batch in front of the first layer, and their passage.
+
+        For who takes it through the layers one by one: :meth:`run_layer`, then :meth:`loss_behind`.
+        """
+        blank_first = self.manner.blank_first and int(batch.conditions[0]) == TEXT
+        embedded, side = self._embed(batch, blank_first), self._side_tokens()
+        return self._start_rows(embedded, batch.positions, batch.lengths, batch.conditions, side, None)
+
+    def run_layer(self, index: int, states: Tensor, passage: Passage) -> Tensor:
+        """Return the states behind decoder layer ``index``."""
+        if self.stream is not None:
+            self.stream.use(index)
+        return self._run_module(self.layers[index], states, passage)
+
+    def loss_behind(self, states: Tensor, batch: Batch) -> Tensor:
+        """Return what :meth:`loss_sum` does, of the states behind the last layer."""
+        rows = (batch.labels != IGNORED).nonzero().flatten()
+        hidden = self.language.model.norm(states[0]).index_select(0, rows)
+        return self._cross_entropy(hidden, batch.labels.index_select(0, rows))
+
+    def _run_module(self, layer: nn.Module, states: Tensor, passage: Passage) -> Tensor:
+        with self.context.set(passage.context):
+            if decoder_layer.is_known(layer):
+                return decoder_layer.run_layer(layer, states, passage.place)
+            return _first(
+                layer(
+                    states, attention_mask=passage.place.plan, position_embeddings=passage.rotary,
+                    position_ids=passage.positions,
+                )
+            )  # fmt: skip
+
+    def _run_layers(self, states: Tensor, passage: Passage) -> Tensor:
+        """Return the states ``[N + M, hidden]`` after the last norm."""
+        recomputed = len(self.layers) if self.checkpointing is True or self.stream else int(self.checkpointing)
         if not torch.is_grad_enabled():
             recomputed = 0
-
-        def run(layer: nn.Module, hidden: Tensor) -> Tensor:
-            with self.context.set(context):
-                if decoder_layer.is_known(layer):
-                    return decoder_layer.run_layer(layer, hidden, place)
-                return _first(layer(hidden, attention_mask=plan, position_embeddings=rotary, position_ids=positions))
-
         for index, layer in enumerate(self.layers):
-            states = self.recompute(run, layer, states) if index < recomputed else run(layer, states)
+
+            def run(module: nn.Module, hidden: Tensor, index: int = index) -> Tensor:
+                if self.stream is not None:
+                    self.stream.use(index)
+                return self._run_module(module, hidden, passage)
+
+            if index >= recomputed:
+                states = run(layer, states)
+                continue
+            # the last one's input is needed again at once
+            away = self.offload is not None and index < recomputed - 1 and states.requires_grad
+            with self.offload.saving(index, states) if self.offload is not None and away else nullcontext():
+                states = self.recompute(run, layer, states)
         return cast(Tensor, self.language.model.norm(states[0]))
 
     def _recomputed_block(self, block: nn.Module, hidden: Tensor) -> Tensor:

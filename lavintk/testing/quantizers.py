@@ -69,6 +69,7 @@ class _Questions:
         layer = self._quantize()
         self._round_trip(max_error)
         self._number_types(layer)
+        self._rows(layer)
         self._product(layer)
         self._gradient(layer)
         self._base_stays(layer)
@@ -122,6 +123,15 @@ class _Questions:
                 promise.require(found.dtype == dtype, f"{_name(found.dtype)} instead of {_name(dtype)}")
                 promise.require_close(found.float(), exact, ROUNDING[dtype], f"the weight in {_name(dtype)}")
                 promise.require(not found.requires_grad, "it requires a gradient")
+
+    def _rows(self, layer: FrozenLinear) -> None:
+        text = "returns rows of the weight of dequantize(), bit for bit"
+        with self.promises.keep("FrozenLinear.rows", text) as promise:
+            index = torch.tensor([SHAPE[0] - 1, 0, 1, 0], device=self.device)
+            for dtype in FLOATS:
+                found = layer.rows(index, dtype)
+                promise.require(found.dtype == dtype, f"{_name(found.dtype)} instead of {_name(dtype)}")
+                promise.require(torch.equal(found, layer.dequantize(dtype)[index]), f"other values in {_name(dtype)}")
 
     def _product(self, layer: FrozenLinear) -> None:
         text = "computes x @ W.T + b with the weight of dequantize(), in the type of x, as a new tensor"

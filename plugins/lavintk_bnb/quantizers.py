@@ -171,6 +171,22 @@ class FourBitLinear(FrozenLinear):
         weight: Tensor = bnb_functional.dequantize_4bit(self.codes.view(-1, 1), state)
         return weight.view(self.out_features, self.in_features).to(dtype)  # of a single byte it comes transposed
 
+    def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the rows ``index`` of the weight; unpacked by themselves where they are whole blocks."""
+        if self.in_features % self.block_size or index.numel() == 0:
+            return super().rows(index, dtype)
+        per_row = self.in_features // self.block_size
+        scales = self.absmax.view(-1, per_row).index_select(0, index)
+        if self.offset is not None:
+            assert self.nested_absmax is not None
+            blocks = index.unsqueeze(1) * per_row + torch.arange(per_row, device=index.device)
+            nested = self.nested_absmax[blocks // NESTED_BLOCK]
+            scales = dynamic_code(scales.device)[scales.int()].mul_(nested).add_(self.offset)
+        codes = self.codes.view(self.out_features, -1).index_select(0, index)
+        shape = (index.numel(), self.in_features)
+        chosen = FourBitLinear(self.scheme, shape, self.block_size, codes.view(-1), scales.view(-1), None, None, None)
+        return chosen.dequantize(dtype)
+
     def packed(self) -> PackedWeight:
         """Describe the storage: ``codes`` as they are, scales in fp32 with double quantization resolved."""
         return PackedWeight(
@@ -284,6 +300,11 @@ class Int8Linear(FrozenLinear):
         """Return the weight ``[out, in]``, computed in fp32 and rounded once to ``dtype``."""
         narrow = dtype if dtype in FLOATS else torch.float32
         return self.codes.to(narrow).mul_(self._row_scales().unsqueeze(1)).to(dtype)
+
+    def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the rows ``index`` of the weight."""
+        chosen = self.codes.index_select(0, index), self.absmax.index_select(0, index)
+        return Int8Linear(*chosen, None, self.threshold).dequantize(dtype)
 
     def packed(self) -> PackedWeight:
         """Describe the storage; ``codes * scales[:, None]`` is the weight."""

@@ -43,6 +43,12 @@ def unpack(packed: Tensor, bits: int, first: int, last: int) -> Tensor:
     return codes
 
 
+def choose(packed: Tensor, bits: int, rows: int, index: Tensor) -> Tensor:
+    """Return the packed codes of some of ``rows`` rows, each a multiple of 8 codes long."""
+    sizes = [packed.numel() // bits * width for width in FIELDS[bits]]
+    return torch.cat([fields.view(rows, -1).index_select(0, index).view(-1) for fields in packed.split(sizes)])
+
+
 def _shifts(width: int, device: torch.device) -> Tensor:
     """Return where the fields of a byte begin, uint8 ``[8 / width]``; made on the device, so that no host waits."""
     return torch.arange(0, 8, width, dtype=torch.uint8, device=device)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from lavintk.layers import FrozenLinear, PackedWeight, checked_weight
 from lavintk.threads import each, slices
-from lavintk_hqq.packing import pack, packed_size, unpack
+from lavintk_hqq.packing import choose, pack, packed_size, unpack
 
 PIECES = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Weights searched or dequantized at once: on a CPU intermediate results stay in the cache, on CUDA they take little
@@ -171,6 +171,17 @@ class HqqLinear(FrozenLinear):
             weight[piece] = torch.addcmul(offset, codes.float(), scale)
         flat = weight.view(-1)[: self.out_features * self.in_features]
         return flat.view(self.out_features, self.in_features)
+
+    def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the rows ``index`` of the weight; unpacked by themselves where they are whole groups."""
+        if self.axis == 0 or self.in_features % self.group_size or index.numel() == 0:
+            return super().rows(index, dtype)
+        codes = choose(self.codes, self.bits, self.out_features, index)
+        scales, offsets = (
+            stored.view(self.out_features, -1).index_select(0, index).view(-1) for stored in (self.scales, self.offsets)
+        )
+        shape, manner = (index.numel(), self.in_features), (self.bits, self.group_size, self.axis)
+        return HqqLinear(shape, manner, codes, scales, offsets, self.unit, None).dequantize(dtype)
 
     def packed(self) -> PackedWeight:
         """Describe the storage: one code per byte, zero points as fractions ``-offset / scale``.

@@ -157,6 +157,13 @@ class Int4Linear(FrozenLinear):
             return weight
         return weight[:, : self.in_features].contiguous()
 
+    def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the rows ``index`` of the weight, unpacked by themselves."""
+        if index.numel() == 0:
+            return torch.empty(0, self.in_features, dtype=dtype, device=index.device)
+        codes, scales, zeros = (b.index_select(0, index) for b in (self.codes, self.scales, self.zero_points))
+        return Int4Linear(self.in_features, codes, scales, zeros, None).dequantize(dtype)
+
     def packed(self) -> PackedWeight:
         """Describe the storage: what ``MatMulNBits`` takes as B, scales and zero points, without a change."""
         return PackedWeight(

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lavintk.contracts import AffineUpdate
+from lavintk.kernels import swiglu
 from lavintk.layers import FrozenLinear, has_hooks
 from lavintk.targets import peft_targets, select_linears
 from lavintk_lora.files import load_lora, save_lora
-from lavintk_lora.fused import lora_products
+from lavintk_lora.fused import lora_gated, lora_product_onto, lora_products
 
 if TYPE_CHECKING:
     from lavintk.models.multimodal import MultimodalModel
@@ -51,9 +52,24 @@ class LoraLinear(nn.Module):
         Each layer is computed for itself where its input differs, since dropout acts on it, and where hooks want to
         see its base.
         """
-        if any((layer.dropout > 0 and layer.training) or has_hooks(layer.base) for layer in layers):
+        if any(layer._needs_steps() for layer in layers):
             return [layer._forward_in_steps(x) for layer in layers]
         return lora_products(layers, x)
+
+    def forward_onto(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Return ``residual + self(x)``; see :func:`lavintk.layers.forward_onto`."""
+        if self._needs_steps() or residual.dtype != x.dtype:
+            return residual + self.forward(x)
+        return lora_product_onto(self, x, residual)
+
+    def forward_gated(self, up: LoraLinear, x: Tensor) -> Tensor:
+        """Return ``silu(self(x)) * up(x)``; see :func:`lavintk.layers.forward_gated`."""
+        if self._needs_steps() or up._needs_steps():
+            return swiglu(*self.forward_group([self, up], x))
+        return lora_gated(self, up, x)
+
+    def _needs_steps(self) -> bool:
+        return (self.dropout > 0 and self.training) or has_hooks(self.base)
 
     def _forward_in_steps(self, x: Tensor) -> Tensor:
         # scaling r values per token is cheaper than scaling out_features of them
@@ -117,4 +133,5 @@ class LoraAdapter:
         """Yield A and scale * B of each layer; the same under every condition."""
         for name, layer in self.layers.items():
             if name.startswith(prefix):
-                yield AffineUpdate(name, "all", layer.down.detach(), layer.scale * layer.up.detach())
+                up = layer.scale * layer.up.detach().float()
+                yield AffineUpdate(name, "all", layer.down.detach().float(), up)

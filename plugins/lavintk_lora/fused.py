@@ -2,6 +2,8 @@
 
 For frozen W_i and trained A_i, B_i: ``y_i = W_i x + b_i + s_i B_i z_i`` with ``z_i = A_i x``. All A_i are multiplied at
 once. The products that make the updates also scale and add them; likewise the parts of the gradient with respect to x.
+A residual that the output of a single layer is added to comes in with the update. The updates of a gated pair are left
+to SwiGLU's kernel, which reads the products anyway; a product has the same gradient with its update as without.
 
 It is two autograd functions, since torch packs what a function saves only after its forward has run. A checkpointed
 block is recomputed until its last tensor is saved; were that done by the function that multiplies with W, the product
@@ -13,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lavintk.kernels import LowRank, add_low_rank, fused, swiglu, swiglu_low_rank
 
 if TYPE_CHECKING:
     from lavintk_lora.adapter import LoraLinear
@@ -32,10 +36,59 @@ def lora_products(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
     Gradients flow to ``x``, and to A and B in their own type. Kept for the backward pass are ``x``, the inner values,
     and A and B in the type of ``x``.
     """
+    factors, inner = _inner(layers, x)
+    return list(_outer(layers, factors, inner, x))
+
+
+def lora_product_onto(layer: LoraLinear, x: Tensor, residual: Tensor) -> Tensor:
+    """Return ``residual``, ``[..., out]`` in the type of ``x``, plus what :func:`lora_products` makes of ``x``.
+
+    It stays as it is, and is not kept for the backward pass.
+    """
+    factors, inner = _inner([layer], x)
+    (output,) = _outer([layer], factors, inner, x, residual)
+    return output
+
+
+def lora_gated(gate: LoraLinear, up: LoraLinear, x: Tensor) -> Tensor:
+    """Return ``silu(g) * u``, where ``g`` and ``u`` are what :func:`lora_products` makes of ``x``."""
+    layers = [gate, up]
+    factors, inner = _inner(layers, x)
+    if not (fused("low_rank", x, *factors.ups) and fused("swiglu", x)):
+        return swiglu(*_outer(layers, factors, inner, x))
+    gate_product, up_product = _outer(layers, factors, inner, x, updated=False)
+    gate_update, up_update = _updates(layers, factors, inner.detach())
+    return swiglu_low_rank(gate_product, up_product, gate_update, up_update)
+
+
+def _inner(layers: Sequence[LoraLinear], x: Tensor) -> tuple[_Factors, Tensor]:
     factors = _Factors.of(layers, x.dtype)
-    masters = [layer.down for layer in layers] + [layer.up for layer in layers]
-    inner: Tensor = _Inner.apply(factors, x, *masters)  # type: ignore[no-untyped-call]
-    return list(_Outer.apply(layers, factors, inner, x, *masters))  # type: ignore[no-untyped-call]
+    inner: Tensor = _Inner.apply(factors, x, *_masters(layers))  # type: ignore[no-untyped-call]
+    return factors, inner
+
+
+def _outer(
+    layers: Sequence[LoraLinear],
+    factors: _Factors,
+    inner: Tensor,
+    x: Tensor,
+    residual: Tensor | None = None,
+    *,
+    updated: bool = True,
+) -> tuple[Tensor, ...]:
+    """Return the products; with ``updated=False`` without what A and B add to them, though with its gradients."""
+    made = _Outer.apply(layers, factors, inner, x, residual, updated, *_masters(layers))  # type: ignore[no-untyped-call]
+    return cast(tuple[Tensor, ...], made)
+
+
+def _masters(layers: Sequence[LoraLinear]) -> list[Tensor]:
+    return [*(layer.down for layer in layers), *(layer.up for layer in layers)]
+
+
+def _updates(layers: Sequence[LoraLinear], factors: _Factors, inner: Tensor) -> list[LowRank]:
+    """Return what A and B add to each product."""
+    parts = inner.split([up.shape[1] for up in factors.ups], dim=1)
+    return [LowRank(part, up, layer.scale) for part, up, layer in zip(parts, factors.ups, layers)]
 
 
 @dataclass(frozen=True)
@@ -77,26 +130,38 @@ class _Inner(torch.autograd.Function):
 
 
 class _Outer(torch.autograd.Function):
-    """``W_i x + b_i + s_i B_i z_i``, and all gradients."""
+    """``W_i x + b_i + s_i B_i z_i``, plus the residual if there is one, and all gradients.
+
+    Gradients are those of the updated products, even if the update is left to another function.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, layers: Sequence[LoraLinear], factors: _Factors, inner: Tensor, x: Tensor, *masters: Tensor
+        ctx: Any,
+        layers: Sequence[LoraLinear],
+        factors: _Factors,
+        inner: Tensor,
+        x: Tensor,
+        residual: Tensor | None,
+        updated: bool,
+        *masters: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.layers, ctx.node = layers, inner.grad_fn
         products = []
-        for layer, up, z in zip(layers, factors.ups, inner.split([up.shape[1] for up in factors.ups], dim=1)):
+        for layer, update in zip(layers, _updates(layers, factors, inner)):
             product = layer.base.product(x)
-            product.view(-1, up.shape[0]).addmm_(z, up.t(), alpha=layer.scale)
-            products.append(product)
+            products.append(add_low_rank(product, update, residual) if updated else product)
         return tuple(products)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        _, _, _, x_needed, residual_needed, _, *needed = ctx.needs_input_grad
+        residual_gradient = gradients[0] if residual_needed else None
+        if ctx.node is None:  # nothing but the residual is trained
+            return (None, None, None, None, residual_gradient, None, *(None for _ in needed))
         x, inner, down, *ups = ctx.node.saved_tensors
-        _, _, _, x_needed, *needed = ctx.needs_input_grad
         layers, count, ranks = ctx.layers, len(ups), [up.shape[1] for up in ups]
         # None for an output that nobody used
         rows = [None if g is None else g.reshape(-1, up.shape[0]) for g, up in zip(gradients, ups)]
@@ -114,7 +179,7 @@ class _Outer(torch.autograd.Function):
             down_gradients = stacked.split(ranks)
         if any(needed[count:]):
             up_gradients = _up_gradients(rows, inner.split(ranks, dim=1), layers)
-        return (None, None, None, x_gradient, *down_gradients, *up_gradients)
+        return (None, None, None, x_gradient, residual_gradient, None, *down_gradients, *up_gradients)
 
 
 def _inner_gradient(

@@ -304,6 +304,8 @@ class MixtureOfModalityAdapter(nn.Module):
         """Return, for each condition, what ``(down, up, bias)`` in front of a linear layer adds behind it."""
         weight = self._linears[name].dequantize(torch.float32)
         return [
-            AffineUpdate(name, condition, down.detach().clone(), weight @ up, weight @ bias)
+            AffineUpdate(
+                name, condition, down.detach().to(torch.float32, copy=True), weight @ up.float(), weight @ bias.float()
+            )
             for condition, (down, up, bias) in effects.items()
         ]

@@ -1,0 +1,172 @@
+"""Low-rank updates of products in Triton, added where the products are read anyway: to a residual, or by SwiGLU."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lavintk.kernels.plain import LowRank
+
+ROWS, COLUMNS = 64, 64
+"""The tile of a program: for each, the caches bring ``r * (1 / ROWS + 1 / COLUMNS)`` of its size in factors."""
+WARPS = 8
+"""With these, a thread holds 16 sums in fp32, and the kernels spill no registers."""
+DEEPEST = 64
+"""Inner values that a program multiplies at once."""
+
+
+def add_low_rank(product: Tensor, update: LowRank, residual: Tensor | None) -> Tensor:
+    """Compute :func:`lavintk.kernels.add_low_rank`; tensors share type and device, ``[..., out]`` are contiguous."""
+    rows, update = product.view(-1, product.shape[-1]), _contiguous(update)
+    with torch.cuda.device_of(product):
+        _add[_grid(rows)](
+            rows, product if residual is None else residual, update.inner, update.up, *rows.shape,
+            update.inner.stride(0), float(update.scale), residual is not None, update.up.shape[1], _depth(update),
+            ROWS, COLUMNS, num_warps=WARPS,
+        )  # fmt: skip
+    return product
+
+
+def swiglu_low_rank(gate: Tensor, up: Tensor, gate_update: LowRank, up_update: LowRank) -> Tensor:
+    """Compute :func:`lavintk.kernels.swiglu_low_rank`; likewise."""
+    return cast(Tensor, _SwiGLULowRank.apply(gate, up, gate_update, up_update))  # type: ignore[no-untyped-call]
+
+
+class _SwiGLULowRank(torch.autograd.Function):
+    """Keeps the products without their updates, and what the updates are made of."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, gate_update: LowRank, up_update: LowRank) -> Tensor:
+        gate_update, up_update = _contiguous(gate_update), _contiguous(up_update)
+        out = torch.empty_like(gate)
+        _launch(_gated, gate, up, gate_update, up_update, out)
+        ctx.save_for_backward(gate, up, *gate_update[:2], *up_update[:2])
+        ctx.scales = gate_update.scale, up_update.scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        gate, up, gate_inner, gate_factor, up_inner, up_factor = ctx.saved_tensors
+        gate_update = LowRank(gate_inner, gate_factor, ctx.scales[0])
+        up_update = LowRank(up_inner, up_factor, ctx.scales[1])
+        of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
+        _launch(_gated_backward, gate, up, gate_update, up_update, grad.contiguous(), of_gate, of_up)
+        return of_gate, of_up, None, None
+
+
+def _launch(kernel: Any, gate: Tensor, up: Tensor, gate_update: LowRank, up_update: LowRank, *others: Tensor) -> None:
+    rows = gate.view(-1, gate.shape[-1])
+    with torch.cuda.device_of(gate):
+        kernel[_grid(rows)](
+            gate, up, *gate_update[:2], *up_update[:2], *others, *rows.shape, gate_update.inner.stride(0),
+            up_update.inner.stride(0), float(gate_update.scale), float(up_update.scale), gate_update.up.shape[1],
+            up_update.up.shape[1], _depth(gate_update, up_update), ROWS, COLUMNS,
+            num_warps=WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _contiguous(update: LowRank) -> LowRank:
+    inner = update.inner if update.inner.stride(1) == 1 else update.inner.contiguous()
+    return LowRank(inner, update.up.contiguous(), update.scale)
+
+
+def _grid(rows: Tensor) -> tuple[int, int]:
+    """Return a grid whose neighbouring programs work on the same rows: ``up`` stays in the cache as a whole."""
+    return triton.cdiv(rows.shape[1], COLUMNS), triton.cdiv(rows.shape[0], ROWS)
+
+
+def _depth(*updates: LowRank) -> int:
+    widest = max(update.up.shape[1] for update in updates)
+    return min(max(16, int(triton.next_power_of_2(widest))), DEEPEST)  # tensor cores take no less than 16
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _product(
+    inner_ptr: tl.tensor, up_ptr: tl.tensor, row: tl.tensor, column: tl.tensor, count: tl.tensor, width: tl.tensor,
+    stride: tl.tensor, rank: tl.constexpr, depth: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Return ``inner @ up.T`` at ``row`` ``[rows, 1]`` and ``column`` ``[1, columns]`` in fp32."""
+    total = tl.zeros((rows, columns), dtype=tl.float32)
+    for start in tl.static_range(0, rank, depth):
+        k = start + tl.arange(0, depth)
+        inside = (row < count) & (k < rank)[None, :]
+        inner = tl.load(inner_ptr + row * stride + k[None, :], mask=inside, other=0.0)
+        inside = (k < rank)[:, None] & (column < width)
+        up = tl.load(up_ptr + column * rank + k[:, None], mask=inside, other=0.0)
+        total = tl.dot(inner, up, total, input_precision="ieee")
+    return total
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add(
+    product_ptr: tl.tensor, residual_ptr: tl.tensor, inner_ptr: tl.tensor, factor_ptr: tl.tensor, count: tl.tensor,
+    width: tl.tensor, inner_stride: tl.tensor, scale: tl.tensor, adds: tl.constexpr, rank: tl.constexpr,
+    depth: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+) -> None:  # fmt: skip
+    """Add the update and, if ``adds``, the residual to a tile of ``count`` rows of ``width``, rounding once."""
+    row = (tl.program_id(1).to(tl.int64) * rows + tl.arange(0, rows))[:, None]
+    column = (tl.program_id(0) * columns + tl.arange(0, columns))[None, :]
+    place, inside = row * width + column, (row < count) & (column < width)
+    product = tl.load(product_ptr + place, mask=inside, other=0.0)
+    update = _product(inner_ptr, factor_ptr, row, column, count, width, inner_stride, rank, depth, rows, columns)
+    total = update * scale + product.to(tl.float32)
+    if adds:
+        total += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(product_ptr + place, total.to(product.dtype), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gated(
+    gate_ptr: tl.tensor, up_ptr: tl.tensor, gate_inner_ptr: tl.tensor, gate_factor_ptr: tl.tensor,
+    up_inner_ptr: tl.tensor, up_factor_ptr: tl.tensor, out_ptr: tl.tensor, count: tl.tensor, width: tl.tensor,
+    gate_stride: tl.tensor, up_stride: tl.tensor, gate_scale: tl.tensor, up_scale: tl.tensor,
+    gate_rank: tl.constexpr, up_rank: tl.constexpr, depth: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+) -> None:  # fmt: skip
+    """Compute a tile of ``count`` rows of ``width``, rounding where the steps one by one would."""
+    row = (tl.program_id(1).to(tl.int64) * rows + tl.arange(0, rows))[:, None]
+    column = (tl.program_id(0) * columns + tl.arange(0, columns))[None, :]
+    place, inside = row * width + column, (row < count) & (column < width)
+    gate = tl.load(gate_ptr + place, mask=inside, other=0.0)
+    up = tl.load(up_ptr + place, mask=inside, other=0.0)
+    of_gate = _product(
+        gate_inner_ptr, gate_factor_ptr, row, column, count, width, gate_stride, gate_rank, depth, rows, columns
+    )
+    of_up = _product(up_inner_ptr, up_factor_ptr, row, column, count, width, up_stride, up_rank, depth, rows, columns)
+    wide = (gate.to(tl.float32) + of_gate * gate_scale).to(gate.dtype).to(tl.float32)
+    raised = (up.to(tl.float32) + of_up * up_scale).to(gate.dtype).to(tl.float32)
+    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
+    tl.store(out_ptr + place, (silu.to(tl.float32) * raised).to(gate.dtype), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gated_backward(
+    gate_ptr: tl.tensor, up_ptr: tl.tensor, gate_inner_ptr: tl.tensor, gate_factor_ptr: tl.tensor,
+    up_inner_ptr: tl.tensor, up_factor_ptr: tl.tensor, grad_ptr: tl.tensor, of_gate_ptr: tl.tensor,
+    of_up_ptr: tl.tensor, count: tl.tensor, width: tl.tensor, gate_stride: tl.tensor, up_stride: tl.tensor,
+    gate_scale: tl.tensor, up_scale: tl.tensor, gate_rank: tl.constexpr, up_rank: tl.constexpr,
+    depth: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write both gradients of a tile; see :mod:`lavintk.kernels.triton_swiglu`."""
+    row = (tl.program_id(1).to(tl.int64) * rows + tl.arange(0, rows))[:, None]
+    column = (tl.program_id(0) * columns + tl.arange(0, columns))[None, :]
+    place, inside = row * width + column, (row < count) & (column < width)
+    gate = tl.load(gate_ptr + place, mask=inside, other=0.0)
+    up = tl.load(up_ptr + place, mask=inside, other=0.0)
+    of_gate = _product(
+        gate_inner_ptr, gate_factor_ptr, row, column, count, width, gate_stride, gate_rank, depth, rows, columns
+    )
+    of_up = _product(up_inner_ptr, up_factor_ptr, row, column, count, width, up_stride, up_rank, depth, rows, columns)
+    wide = (gate.to(tl.float32) + of_gate * gate_scale).to(gate.dtype).to(tl.float32)
+    raised = (up.to(tl.float32) + of_up * up_scale).to(gate.dtype).to(tl.float32)
+    grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    bottom = 1.0 + tl.exp(-wide)
+    silu, sigmoid = (wide / bottom).to(gate.dtype), 1.0 / bottom
+    of_silu = (grad * raised).to(gate.dtype).to(tl.float32)
+    tl.store(of_gate_ptr + place, (of_silu * sigmoid * (1.0 + wide * (1.0 - sigmoid))).to(gate.dtype), mask=inside)
+    tl.store(of_up_ptr + place, (grad * silu.to(tl.float32)).to(gate.dtype), mask=inside)

@@ -1,0 +1,229 @@
+"""Recipes made to fit into cards, and what a run says that did not fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lavintk import fitting
+from lavintk.errors import OutOfMemoryError, RecipeError
+from lavintk.fitting import advice_for, fit, largest_part, parse_size
+from lavintk.models import build
+from lavintk.plan import GIB, plan
+from lavintk.plugins import installed_plugins
+from lavintk.recipe import Recipe, make_recipe
+from lavintk.testing import Outcome
+from lavintk.testing.runs import multimodal, recipe
+from tests.test_plan import LAVIN, LORA, outline, text_recipe
+
+RunCli = Callable[..., Outcome]
+LEARNED = ("model", "data", "adapter", "optim", "quant")
+"""Parts of a recipe that no measure may touch."""
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 11.76 GiB of which 512.00 MiB is free."
+STREAMED = {"train.stream": "cpu", "train.engine": "layerwise"}
+EAGER = {"train.engine": "eager"}
+SMALL_ENDS = {"vision_quant": "nf4", "embed_quant": "nf4"}
+
+
+@pytest.fixture
+def geometry(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Recipe]:
+    """Return a function that gives a recipe for a geometry; plans are made of its outline."""
+
+    def choose(name: str, adapter: str, **train: Any) -> Recipe:
+        model = outline(name, adapter)
+        monkeypatch.setattr(fitting, "outline_of", lambda recipe, plugins: model)
+        chosen = text_recipe(adapter, "paged-8bit" if adapter == LORA else "paged", 1, 512, accumulate=32, **train)
+        vision = {"model.vision": "anything"} if adapter == LAVIN else {}
+        return make_recipe(chosen.dump(), vision)
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter", "gib", "changes"),
+    [
+        ("7b", LORA, 6, {}),
+        ("7b", LORA, 5, {**EAGER, "embed_quant": "nf4"}),
+        ("7b", LORA, 4, STREAMED),
+        ("7b", LAVIN, 6, {}),
+        ("7b", LAVIN, 8, {}),
+        ("13b", LORA, 6, STREAMED),
+        ("13b", LORA, 8, STREAMED),
+        ("13b", LORA, 12, {}),
+        ("13b", LAVIN, 6, STREAMED),
+        ("13b", LAVIN, 8, {**EAGER, **SMALL_ENDS}),
+        ("13b", LAVIN, 12, {}),
+        ("65b", LORA, 6, STREAMED),
+        ("65b", LORA, 8, STREAMED),
+        ("65b", LORA, 12, STREAMED),
+        ("65b", LORA, 24, STREAMED),
+        ("65b", LAVIN, 6, STREAMED),
+        ("65b", LAVIN, 24, STREAMED),
+    ],
+)
+def test_cards_of_every_size_get_a_recipe_and_no_more_is_changed_than_needed(
+    geometry: Callable[..., Recipe], name: str, adapter: str, gib: int, changes: dict[str, Any]
+) -> None:
+    given = geometry(name, adapter)
+    found = fit(given, installed_plugins(), gib * GIB)
+    assert found.plan.device <= gib * GIB
+    assert found.changes == changes
+    for key in LEARNED:
+        assert getattr(found.recipe, key) == getattr(given, key)
+    kept = {"checkpointing", "offload", "stream", "engine", "pack", "pack_tokens"}
+    assert found.recipe.train.model_dump(exclude=kept) == given.train.model_dump(exclude=kept)
+
+
+def test_a_recipe_is_changed_only_as_far_as_it_takes_to_fit(tiny_folder: Path) -> None:
+    content = multimodal(tiny_folder, batch_size=256, checkpointing=False)
+    content["data"] |= {"max_length": 512}
+    recipe, plugins = make_recipe(content), installed_plugins()
+    roomy = fit(recipe, plugins, 80 * GIB)
+    assert not roomy.changes
+    assert roomy.recipe == recipe
+    limits = [roomy.plan.device - 1]
+    for _ in range(3):
+        found = fit(recipe, plugins, limits[-1])
+        assert found.plan.device <= limits[-1]
+        assert found.plan.device == plan(found.recipe, plugins).device
+        assert found.recipe.train.batch_size * found.recipe.train.accumulate == 256  # the same rows in each step
+        limits.append(found.plan.device - 1)
+    assert fit(recipe, plugins, limits[0]).changes == {"train.checkpointing": True}
+    with pytest.raises(RecipeError, match=r"GiB more than 0\.10 GiB(.|\n)*Most of the device is taken by: "):
+        fit(recipe, plugins, GIB // 10)
+
+
+def test_measures_that_a_stronger_one_makes_needless_are_taken_back(geometry: Callable[..., Recipe]) -> None:
+    given = geometry("65b", LORA, checkpointing=False, offload=False, batch_size=2)
+    found = fit(given, installed_plugins(), 6 * GIB)
+    assert found.changes == {"train.offload": True, **STREAMED}
+    assert [step.plan.device > 6 * GIB for step in found.steps] == [True, False]
+    assert found.before.device >= found.steps[0].plan.device
+
+
+def test_host_memory_decides_how_a_base_is_streamed(geometry: Callable[..., Recipe]) -> None:
+    given, plugins = geometry("65b", LORA), installed_plugins()
+    assert fit(given, plugins, 8 * GIB, 64 * GIB).changes == STREAMED
+    less = fit(given, plugins, 8 * GIB, 40 * GIB)
+    assert less.changes == {"train.stream": "cpu", "train.engine": "eager"}
+    assert less.plan.on_host <= 40 * GIB
+    assert fit(given, plugins, 8 * GIB, 24 * GIB).changes == {"train.stream": "disk", "train.engine": "layerwise"}
+    assert fit(given, plugins, 8 * GIB, 8 * GIB).changes == {"train.stream": "disk", "train.engine": "eager"}
+    few = make_recipe(given.dump(), {"train.accumulate": 8})
+    assert fit(few, plugins, 8 * GIB, 40 * GIB).changes == STREAMED
+    with pytest.raises(RecipeError, match=r"GiB of host memory (.|\n)*train\.accumulate is 32"):
+        fit(given, plugins, 8 * GIB, GIB // 2)
+
+
+def test_a_base_that_may_not_change_is_streamed_rather_than_stored_in_fewer_bits(
+    geometry: Callable[..., Recipe],
+) -> None:
+    found = fit(geometry("13b", LAVIN), installed_plugins(), 8 * GIB, same_base=True)
+    assert found.changes == STREAMED
+
+
+def test_the_advice_names_the_largest_item_and_a_size_that_works(
+    geometry: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, plugins = geometry("13b", LAVIN), installed_plugins()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8 * GIB))
+    said = advice_for(given, plugins, torch.device("cuda"))
+    assert "most of it for linear layers (nf4): 6.10 GiB." in said
+    assert "With `--fit 8.0GB` it would take" in said
+    assert "embed_quant=nf4" in said
+    assert fit(given, plugins, 8 * GIB).changes  # what the advice says
+    roomy = SimpleNamespace(total_memory=80 * GIB)  # the plan said that it fits, and was wrong
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: roomy)
+    assert "train.engine=eager" in advice_for(given, plugins, torch.device("cuda"))
+
+
+@pytest.fixture
+def card_of_12_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(total_memory=12 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+
+@pytest.mark.usefixtures("card_of_12_gib")
+@pytest.mark.parametrize(
+    ("fault", "lacking"),
+    [
+        (FULL, "2.00 GiB more were asked for, 512.00 MiB were free"),
+        ("0.39 GiB of host memory could not be pinned", "0.39 GiB of host memory could not be pinned"),
+    ],
+)
+def test_a_device_that_is_full_while_loading_says_how_much_was_lacking_and_what_takes_most(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, fault: str, lacking: str
+) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise torch.cuda.OutOfMemoryError(fault)
+
+    monkeypatch.setattr(build, "load_language_model", full)
+    given = make_recipe(recipe(tiny_folder))
+    with pytest.raises(OutOfMemoryError) as raised:
+        build.build(given, installed_plugins(), torch.device("cpu"), torch.float32)
+    said = str(raised.value)
+    assert "while loading the model" in said
+    assert f"of 12.0 GiB; {lacking}." in said
+    assert "GiB, most of it for " in said
+    assert "No --fit that leaves what is learned as it is would fit into 0." in said
+
+
+def test_the_largest_part_of_a_loaded_model_is_named(tiny_folder: Path) -> None:
+    found = build.build(make_recipe(recipe(tiny_folder)), installed_plugins(), torch.device("cpu"), torch.float32)
+    sizes: dict[str, int] = {}
+    for name, tensor in found.model.state_dict().items():
+        part = "layers" if ".layers." in name else "words" if "embed" in name or "head" in name else "rest"
+        sizes[part] = sizes.get(part, 0) + tensor.nbytes
+    named = {"layers": "the stack of decoder layers", "words": "the embedding", "rest": "the rest"}
+    assert named[max(sizes, key=lambda part: sizes[part])] in largest_part(found.model)
+
+
+def test_fit_auto_takes_what_is_free_and_needs_a_cuda_device(
+    tiny_folder: Path, tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = make_recipe(multimodal(tiny_folder, batch_size=64, checkpointing=False))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content.dump()))
+    path = str(tmp_path / "recipe.yaml")
+    refused = run_cli("train", path, "--fit", "auto", "--dry-run")
+    assert refused.exit_code != 0
+    assert "train.device=cpu is a CPU here" in refused.stderr
+    assert "--fit 8GB" in refused.stderr
+    needed = plan(content, installed_plugins()).device
+    monkeypatch.setattr("lavintk.devices.pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed - 1 + fitting.SPARE, 24 * GIB))
+    fitted = run_cli("train", path, "--fit", "auto", "--dry-run")
+    assert fitted.exit_code == 0
+    assert "fit into auto (" in fitted.stdout
+    assert "--set train.checkpointing=true" in fitted.stdout
+    resolved = yaml.safe_load(fitted.stdout.partition("foretold\n")[2])
+    assert resolved["train"]["checkpointing"] is True
+
+
+def test_plan_prints_what_each_change_brings_and_the_flags_that_make_it(
+    tiny_folder: Path, tmp_path: Path, run_cli: RunCli
+) -> None:
+    content = make_recipe(multimodal(tiny_folder, batch_size=256, checkpointing=False))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content.dump()))
+    path = str(tmp_path / "recipe.yaml")
+    needed = plan(content, installed_plugins()).device / GIB
+    size = f"{needed - 0.005:.3f}GB"
+    shown = run_cli("plan", path, "--fit", size, "--gpu", "rtx3060")
+    assert "--set train.checkpointing=true" in shown.stdout
+    assert "s per step on rtx3060: all layers are computed again" in shown.stdout
+    found = json.loads(run_cli("plan", path, "--fit", size, "--json").stdout)
+    again = json.loads(run_cli("plan", path, *" ".join(found["flags"]).split(), "--json").stdout)
+    assert again["items"] == found["items"]
+    refused = run_cli("plan", path, "--host", "8GB")
+    assert "it goes with --fit" in refused.stderr
+
+
+@pytest.mark.parametrize(("text", "gib"), [("8GB", 8.0), ("7.5 GiB", 7.5), ("24g", 24.0)])
+def test_sizes_are_read_as_on_the_box(text: str, gib: float) -> None:
+    assert parse_size(text) == gib * GIB

@@ -1,0 +1,297 @@
+"""Memory for less: streamed layers, layer-major accumulation and offloaded inputs give the gradients they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lavintk
+from lavintk.data.batch import Batch
+from lavintk.engine import EagerEngine, Engine, LayerwiseEngine, choose_engine
+from lavintk.models.build import build
+from lavintk.models.host_memory import HostTensors
+from lavintk.models.multimodal import MultimodalModel, recompute
+from lavintk.models.stream import SLOTS, Block, LayerStream
+from lavintk.plugins import installed_plugins
+from lavintk.recipe import make_recipe
+from lavintk.testing.runs import multimodal, recipe
+from lavintk.testing.tiny import write_language_model
+from tests.test_mma import make_batch, randomize
+
+SCALER = torch.amp.GradScaler("cpu", enabled=False)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+LORA, LAVIN = {"name": "lora", "r": 4}, {"name": "mma", "visual": "router", "dropout": 0.0}
+Found = tuple[dict[str, Tensor], list[Tensor]]
+"""Gradients by parameter, and losses."""
+
+
+@pytest.fixture(scope="module")
+def deep_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a tiny run needs, with a model of more layers than a device has slots for."""
+    folder = tmp_path_factory.mktemp("deep")
+    for path in tiny_folder.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "llm").unlink()
+    write_language_model(folder / "llm", num_hidden_layers=SLOTS + 3)
+    return folder
+
+
+def model_of(
+    folder: Path, quant: str, adapter: dict[str, Any], outside: Any = "none", device: torch.device = CPU
+) -> MultimodalModel:
+    """The model of a recipe, with random values in what is trained."""
+    content = multimodal(folder) | {"adapter": adapter, "quant": quant}
+    dtype = torch.float32 if device == CPU else torch.bfloat16
+    model = build(make_recipe(content), installed_plugins(), device, dtype, outside=outside).model
+    randomize(model)
+    return model.train()
+
+
+def batches_for(model: MultimodalModel) -> list[Batch]:
+    return [make_batch(model, seed) for seed in range(3)]
+
+
+def gradients(model: MultimodalModel, engine: Engine) -> Found:
+    for parameter in model.trainable().values():
+        parameter.grad = None
+    batches = batches_for(model)
+    losses = engine.backward(batches, sum(batch.labelled for batch in batches), 3)
+    found = {name: p.grad for name, p in model.trainable().items() if p.grad is not None}
+    assert found.keys() == model.trainable().keys()
+    return found, losses
+
+
+def assert_same(one: Found, other: Found) -> None:
+    for name, gradient in one[0].items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(other[0][name], gradient, rtol=0, atol=5e-6 * max(1.0, scale), msg=name)
+    assert sum(float(gradient.abs().max()) > 0 for gradient in one[0].values()) > len(one[0]) / 2
+    torch.testing.assert_close(torch.stack(other[1]), torch.stack(one[1]))
+
+
+@pytest.mark.parametrize("adapter", [LORA, LAVIN], ids=["lora", "lavin"])
+@pytest.mark.parametrize("quant", ["nf4", "int4", "int8", "none"])
+def test_streamed_layers_give_the_gradients_of_resident_ones(
+    deep_folder: Path, quant: str, adapter: dict[str, Any]
+) -> None:
+    resident = model_of(deep_folder, quant, adapter)
+    streamed = model_of(deep_folder, quant, adapter, outside="cpu")
+    assert streamed.stream is not None
+    assert len(streamed.stream.blocks) == len(streamed.layers) > SLOTS
+    expected = gradients(resident, EagerEngine(resident, SCALER))
+    assert_same(expected, gradients(streamed, EagerEngine(streamed, SCALER)))
+    assert_same(expected, gradients(streamed, LayerwiseEngine(streamed, SCALER, 0)))
+
+
+def test_layers_that_are_streamed_from_disk_give_the_gradients_of_resident_ones(
+    deep_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAVINTK_CACHE", str(tmp_path))
+    resident = model_of(deep_folder, "nf4", LORA)
+    expected = gradients(resident, EagerEngine(resident, SCALER))
+    content = multimodal(deep_folder) | {"adapter": LORA, "quant": "nf4"}
+    content["model"] |= {"cache": True}
+    for kept in (False, True):  # from a file without a name, then from the base that the first one kept
+        built = build(make_recipe(content), installed_plugins(), CPU, torch.float32, outside="disk")
+        randomize(built.model)
+        assert_same(expected, gradients(built.model.train(), LayerwiseEngine(built.model, SCALER, 0)))
+        assert list(tmp_path.rglob("layer-*.safetensors")) or not kept
+
+
+@pytest.mark.parametrize("adapter", [LORA, LAVIN], ids=["lora", "lavin"])
+@pytest.mark.parametrize("offload", [False, True], ids=["on the device", "on the host"])
+def test_layer_major_accumulation_is_ordinary_accumulation(
+    deep_folder: Path, adapter: dict[str, Any], offload: bool
+) -> None:
+    model = model_of(deep_folder, "nf4", adapter)
+    expected = gradients(model, EagerEngine(model, SCALER))
+    model.offload = HostTensors(CPU) if offload else None
+    assert_same(expected, gradients(model, LayerwiseEngine(model, SCALER, 0)))
+
+
+class OrdinaryFromSeeds:
+    """Ordinary accumulation whose dropout draws from a seed for each micro-batch and layer."""
+
+    name = "eager"
+
+    def __init__(self, model: MultimodalModel, seed: int) -> None:
+        self.model, self.seed = model, seed
+
+    def backward(self, window: Any, labelled: int, step: int) -> list[Tensor]:
+        losses = []
+        self.model.checkpointing = len(self.model.layers)
+        for number, batch in enumerate(window):
+            first, layers = Random(f"{self.seed}/{step}/{number}").getrandbits(62), iter(range(1, 99))
+
+            def seeded(
+                run: Callable[..., Tensor], module: nn.Module, hidden: Tensor, first: int = first, layers: Any = layers
+            ) -> Tensor:
+                if module in self.model.layers:  # not a block of the tower, which draws nothing
+                    torch.manual_seed(first + next(layers))
+                return recompute(run, module, hidden)
+
+            self.model.recompute = seeded
+            losses += EagerEngine(self.model, SCALER).backward([batch], labelled, step)
+        return losses
+
+
+def test_layer_major_accumulation_draws_the_same_dropout_again_in_the_backward_pass(deep_folder: Path) -> None:
+    adapter = {"name": "lora", "r": 4, "dropout": 0.5}
+    model = model_of(deep_folder, "nf4", adapter)
+    layerwise = gradients(model, LayerwiseEngine(model, SCALER, 7))
+    assert_same(gradients(model, OrdinaryFromSeeds(model, 7)), layerwise)
+    other = gradients(model, LayerwiseEngine(model, SCALER, 8))
+    assert not torch.equal(torch.stack(layerwise[1]), torch.stack(other[1]))
+
+
+def test_the_layerwise_engine_leaves_the_random_numbers_of_others_alone(deep_folder: Path) -> None:
+    model = model_of(deep_folder, "none", {"name": "lora", "r": 4, "dropout": 0.5})
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    gradients(model, LayerwiseEngine(model, SCALER, 0))
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("layers", [True, 4, 1], ids=["all", "some", "one"])
+def test_offloaded_inputs_give_the_gradients_of_kept_ones(deep_folder: Path, layers: bool | int) -> None:
+    model = model_of(deep_folder, "nf4", LAVIN)
+    model.checkpointing = layers
+    expected = gradients(model, EagerEngine(model, SCALER))
+    model.offload = HostTensors(CPU)
+    for _ in range(2):  # the second pass takes the memory of the first
+        found = gradients(model, EagerEngine(model, SCALER))
+        for name, gradient in expected[0].items():
+            assert torch.equal(gradient, found[0][name]), name
+    recomputed = len(model.layers) if layers is True else layers
+    longest = max(batch.tokens for batch in batches_for(model)) + 2  # a side token for text and one for pictures
+    assert model.offload.nbytes == (recomputed - 1) * longest * model.hidden_size * 4
+
+
+def test_a_layer_crosses_the_bus_twice_per_step_however_many_micro_batches_there_are(
+    deep_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(deep_folder, "nf4", LORA, outside="cpu")
+    brought: list[int] = []
+    bring = LayerStream._bring
+
+    def counted(self: LayerStream, index: int, keep: int | None) -> None:
+        brought.append(index)
+        bring(self, index, keep)
+
+    monkeypatch.setattr(LayerStream, "_bring", counted)
+    last = len(model.layers) - 1
+    forward, back = list(range(last + 1)), list(range(last - SLOTS, -1, -1))
+    engine = LayerwiseEngine(model, SCALER, 0)
+    gradients(model, engine)
+    assert brought == forward + back
+    brought.clear()
+    gradients(model, engine)
+    assert brought == forward[SLOTS:] + back  # the first layers are still there
+
+
+def test_a_layer_that_is_not_in_use_is_what_it_was(deep_folder: Path) -> None:
+    resident, streamed = model_of(deep_folder, "nf4", LORA), model_of(deep_folder, "nf4", LORA, outside="cpu")
+    gradients(streamed, LayerwiseEngine(streamed, SCALER, 0))
+    for name, layer in streamed.linears().items():
+        for key, value in resident.linears()[name].state_dict().items():
+            assert torch.equal(layer.state_dict()[key], value), (name, key)
+
+
+def test_a_device_holds_two_layers_of_a_streamed_base(deep_folder: Path) -> None:
+    model = model_of(deep_folder, "nf4", LORA, outside="cpu")
+    assert model.stream is not None
+    block = model.stream.blocks[0].memory.numel()
+    assert sum(slot.numel() for slot in model.stream._slots) == SLOTS * block
+    stored = sum(buffer.nbytes for layer in model.layers[0].modules() for buffer in layer.buffers(recurse=False))
+    assert stored <= block <= stored + 256 * len(model.stream.blocks[0].pieces)
+    assert isinstance(model.stream.blocks[0], Block)
+
+
+def test_a_streamed_run_trains_evaluates_and_is_loaded_like_a_resident_one(deep_folder: Path, tmp_path: Path) -> None:
+    made = []
+    for name, train in (("resident", {}), ("streamed", {"stream": "cpu", "offload": True})):
+        content = recipe(deep_folder, max_steps=3, accumulate=2, **train) | {"quant": "nf4", "adapter": LORA}
+        content["data"]["validation"] = content["data"]["train"]
+        made.append(lavintk.train(content, tmp_path / name))
+    resident, streamed = made
+    assert streamed.assembly.model.stream is not None
+    assert streamed.manifest["steps"] == 3
+    for name, parameter in resident.assembly.model.trainable().items():
+        torch.testing.assert_close(streamed.assembly.model.trainable()[name], parameter, rtol=0, atol=2e-4)
+    prompt = "what color is red?"
+    assert lavintk.load(tmp_path / "streamed").generate(prompt) == streamed.generate(prompt)
+
+
+def test_streaming_chooses_the_layerwise_engine_and_says_why_there_is_no_graph(deep_folder: Path) -> None:
+    model = model_of(deep_folder, "nf4", LORA, outside="cpu")
+    assert isinstance(choose_engine("auto", model, SCALER, 64)[0], LayerwiseEngine)
+    assert isinstance(choose_engine("eager", model, SCALER, 64)[0], EagerEngine)
+
+
+@pytest.mark.parametrize("adapter", [LORA, LAVIN], ids=["lora", "lavin"])
+def test_what_is_trained_can_be_stored_in_bf16(deep_folder: Path, tmp_path: Path, adapter: dict[str, Any]) -> None:
+    content = multimodal(deep_folder, max_steps=2, adapter_precision="bf16") | {"quant": "nf4", "adapter": adapter}
+    run = lavintk.train(content, tmp_path / "run")
+    parameters = run.assembly.model.trainable().values()
+    assert {parameter.dtype for parameter in parameters} == {torch.bfloat16}
+    loaded = lavintk.load(tmp_path / "run").assembly.model
+    for name, parameter in run.assembly.model.trainable().items():
+        assert torch.equal(loaded.trainable()[name], parameter), name
+    assert loaded.adapter is not None
+    updates = list(loaded.adapter.affine_updates("language."))
+    assert {matrix.dtype for update in updates for matrix in (update.down, update.up)} == {torch.float32}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quant", ["nf4", "int4"])
+@pytest.mark.parametrize("adapter", [LORA, LAVIN], ids=["lora", "lavin"])
+@pytest.mark.parametrize("outside", ["cpu", "disk"])
+def test_on_a_gpu_streamed_layers_give_the_gradients_of_resident_ones(
+    deep_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    quant: str,
+    adapter: dict[str, Any],
+    outside: str,
+) -> None:
+    monkeypatch.setenv("LAVINTK_CACHE", str(tmp_path))
+    resident = model_of(deep_folder, quant, adapter, device=CUDA)
+    resident.checkpointing = True
+    streamed = model_of(deep_folder, quant, adapter, outside, CUDA)
+    assert streamed.stream is not None
+    assert streamed.stream.blocks[0].memory.is_pinned() == (outside == "cpu")
+    expected = gradients(resident, EagerEngine(resident, SCALER))
+    for offload in (False, True):
+        streamed.offload = HostTensors(CUDA) if offload else None
+        for engine in (EagerEngine(streamed, SCALER), LayerwiseEngine(streamed, SCALER, 0)):
+            assert_near(expected, gradients(streamed, engine))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_graph_with_offloaded_inputs_gives_the_gradients_of_one_without(deep_folder: Path, dropout: float) -> None:
+    model = model_of(deep_folder, "nf4", {"name": "lora", "r": 4, "dropout": dropout}, device=CUDA)
+    model.checkpointing = True
+    found = []
+    for offload in (False, True):
+        model.offload = HostTensors(CUDA) if offload else None
+        engine, reason = choose_engine("graph", model, torch.amp.GradScaler("cuda", enabled=False), 64, seed=3)
+        assert not reason
+        found += [gradients(model, engine) for _ in range(2)]
+        assert model.offload is None or model.offload.nbytes > 0
+    for other in found[1:]:
+        assert_near(found[0], other)
+
+
+def assert_near(one: Found, other: Found) -> None:
+    """Within what the order of sums on a device makes out in bf16."""
+    for name, gradient in one[0].items():
+        error = float((other[0][name] - gradient).norm() / gradient.norm().clamp_min(1e-12))
+        assert error < 0.02, (name, error)
