@@ -198,7 +198,7 @@ def set_cap(cap: int, device: torch.device) -> int:
     free, total = torch.cuda.mem_get_info(device)
     context = max(0, round(total - free - before - torch.cuda.memory_reserved(device)))
     if cap:
-        torch.cuda.set_per_process_memory_fraction((cap - max(context, CONTEXT)) / total, device)
+        torch.cuda.set_per_process_memory_fraction((cap - max(context, CONTEXT)) / total, device.index or 0)
     return context
 
 

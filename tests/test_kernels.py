@@ -283,9 +283,10 @@ def check(found: dict[str, Any], kernel: str, dtype: str, *, rounds: bool) -> No
     assert found["same"]
     # two roundings in a row of a 16-bit type, or the order of an fp32 sum
     tolerance = {"fp32": 1e-5, "fp16": 2**-9, "bf16": 2**-6 if rounds else 2**-5}[dtype]
-    assert found["worst"] <= tolerance
+    rounds_less = kernel in ("rms_norm_and_pass", "swiglu_low_rank")  # than torch, which rounds each sum
+    assert found["worst"] <= tolerance * (2 if rounds_less else 1)
     if dtype == "fp16" or (dtype == "bf16" and rounds):  # elsewhere than torch rounds, most values would differ
-        assert found["equal"] > (0.6 if kernel == "rms_norm_and_pass" else 0.95)  # it rounds once, torch twice
+        assert found["equal"] > (0.6 if rounds_less else 0.95)
     if kernel == "rope" and (dtype != "bf16" or rounds):  # products and sums, rounded one by one
         assert found["equal"] == 1
 

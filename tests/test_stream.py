@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -172,6 +173,18 @@ def test_offloaded_inputs_give_the_gradients_of_kept_ones(deep_folder: Path, lay
     recomputed = len(model.layers) if layers is True else layers
     longest = max(batch.tokens for batch in batches_for(model)) + 2  # a side token for text and one for pictures
     assert model.offload.nbytes == (recomputed - 1) * longest * model.hidden_size * 4
+
+
+def test_a_tensor_that_waits_on_the_host_is_kept_by_nobody_on_the_device() -> None:
+    inputs, weight = HostTensors(CPU), torch.randn(4, 4, requires_grad=True)
+    kept, states = [], torch.randn(2, 4) @ weight
+    for index in range(6):
+        with inputs.saving(index, states):
+            states = recompute(lambda _, hidden: torch.tanh(hidden @ weight), nn.Identity(), states)
+        kept.append(weakref.ref(states))
+    assert [reference() is not None for reference in kept] == [False] * 5 + [True]
+    states.sum().backward()
+    assert weight.grad is not None
 
 
 def test_a_layer_crosses_the_bus_twice_per_step_however_many_micro_batches_there_are(

@@ -125,8 +125,10 @@ class HostTensors:
         When it is unpacked, ``index - 1`` is fetched as well, since the backward pass needs that next.
         """
 
+        place, shape = hidden.data_ptr(), hidden.shape  # autograd keeps the hooks, which must not keep the tensor
+
         def pack(tensor: Tensor) -> Tensor | int:
-            if tensor.data_ptr() != hidden.data_ptr() or tensor.shape != hidden.shape:
+            if tensor.data_ptr() != place or tensor.shape != shape:
                 return tensor
             self.put(index, tensor)
             return index

@@ -208,6 +208,9 @@ class MultimodalModel(nn.Module):
             raise ModelError("the model already carries an adapter")
         adapter.attach(self)
         self.adapter = adapter
+        if self.stream is not None:  # what an adapter puts beside a streamed layer is on the host, as the layer is now
+            for parameter in self.trainable().values():
+                parameter.data = parameter.data.to(self.device)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the parameters that training changes: ``adapter.*`` and ``connector.*``."""

@@ -388,7 +388,7 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
         raise ModelError(f"it holds what a safetensors file cannot ({', '.join(strange[:3])})")
     # whole lines of the cache first, then falling sizes of numbers: each tensor begins at a multiple of its type's
     uneven = {name: tensor.nbytes % ALIGNMENT != 0 for name, tensor in tensors.items()}
-    order = sorted(tensors, key=lambda name: (uneven[name], -tensors[name].itemsize if uneven[name] else 0))
+    order = sorted(tensors, key=lambda name: (uneven[name], -tensors[name].itemsize if uneven[name] else 0, name))
     header, end = dict[str, Any](), 0
     for name in order:
         begin, end = end, end + tensors[name].nbytes
