@@ -60,10 +60,11 @@ def batches_for(model: MultimodalModel) -> list[Batch]:
 
 def gradients(model: MultimodalModel, engine: Engine) -> Found:
     for parameter in model.trainable().values():
-        parameter.grad = None
+        if parameter.grad is not None:
+            parameter.grad.zero_()  # in its place, which a graph has recorded
     batches = batches_for(model)
     losses = engine.backward(batches, sum(batch.labelled for batch in batches), 3)
-    found = {name: p.grad for name, p in model.trainable().items() if p.grad is not None}
+    found = {name: p.grad.clone() for name, p in model.trainable().items() if p.grad is not None}
     assert found.keys() == model.trainable().keys()
     return found, losses
 
@@ -207,6 +208,28 @@ def test_a_layer_crosses_the_bus_twice_per_step_however_many_micro_batches_there
     brought.clear()
     gradients(model, engine)
     assert brought == forward[SLOTS:] + back  # the first layers are still there
+
+
+@pytest.mark.parametrize("adapter", [LORA, LAVIN], ids=["lora", "lavin"])
+def test_no_layer_computes_while_it_is_not_on_the_device(
+    deep_folder: Path, adapter: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(deep_folder, "nf4", adapter, outside="cpu")
+    assert model.stream is not None
+    slots = [range(slot.data_ptr(), slot.data_ptr() + slot.numel()) for slot in model.stream._slots]
+    kind = type(model.linears()["language.model.layers.0.mlp.up_proj"])
+    dequantize, where = kind.dequantize, []
+
+    def noted(self: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        where.append(any(self.codes.data_ptr() in slot for slot in slots))
+        return dequantize(self, dtype)
+
+    monkeypatch.setattr(kind, "dequantize", noted)
+    for engine in (EagerEngine(model, SCALER), LayerwiseEngine(model, SCALER, 0)):
+        where.clear()
+        gradients(model, engine)
+        assert where
+        assert all(where)
 
 
 def test_a_layer_that_is_not_in_use_is_what_it_was(deep_folder: Path) -> None:

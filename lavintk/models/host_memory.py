@@ -124,7 +124,6 @@ class HostTensors:
 
         When it is unpacked, ``index - 1`` is fetched as well, since the backward pass needs that next.
         """
-
         place, shape = hidden.data_ptr(), hidden.shape  # autograd keeps the hooks, which must not keep the tensor
 
         def pack(tensor: Tensor) -> Tensor | int:

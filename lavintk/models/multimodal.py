@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -475,7 +476,15 @@ class MultimodalModel(nn.Module):
             away = self.offload is not None and index < recomputed - 1 and states.requires_grad
             with self.offload.saving(index, states) if self.offload is not None and away else nullcontext():
                 states = self.recompute(run, layer, states)
+            if self.stream is not None and states.requires_grad:
+                # some of its gradients are computed before anything asks for the recomputation
+                states.register_hook(partial(self._bring_back, index))
         return cast(Tensor, self.language.model.norm(states[0]))
+
+    def _bring_back(self, index: int, gradient: Tensor) -> None:
+        """Let a layer be on the device when the gradient with respect to its output is there."""
+        assert self.stream is not None
+        self.stream.use(index)
 
     def _recomputed_block(self, block: nn.Module, hidden: Tensor) -> Tensor:
         return self.recompute(run_block, block, hidden)
