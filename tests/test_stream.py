@@ -195,9 +195,9 @@ def test_a_layer_crosses_the_bus_twice_per_step_however_many_micro_batches_there
     brought: list[int] = []
     bring = LayerStream._bring
 
-    def counted(self: LayerStream, index: int, keep: int | None) -> None:
+    def counted(self: LayerStream, index: int) -> None:
         brought.append(index)
-        bring(self, index, keep)
+        bring(self, index)
 
     monkeypatch.setattr(LayerStream, "_bring", counted)
     last = len(model.layers) - 1

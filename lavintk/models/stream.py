@@ -153,25 +153,27 @@ class LayerStream:
 
         The layer that was used last may be called no more, except through a further ``use``.
         """
-        if index not in self._holds:
-            self._bring(index, keep=None)
-        slot = self._holds.index(index)
+        slot = index % SLOTS
+        if self._holds[slot] != index:
+            self._bring(index)
         self._ready[slot]()
         self.blocks[index].bind(self._slots[slot][: self.blocks[index].memory.numel()])
         if index != self._last:
             begins = index == 0 and self._last == len(self.blocks) - 1
             following = index + (1 if begins or index > self._last else -1)
             self._last = index
-            if 0 <= following < len(self.blocks) and following not in self._holds:
-                self._bring(following, keep=slot)
+            if 0 <= following < len(self.blocks) and self._holds[following % SLOTS] != following:
+                self._bring(following)
 
-    def _bring(self, index: int, keep: int | None) -> None:
-        """Begin to copy layer ``index`` into a slot other than ``keep``, once nothing computes with that any more."""
-        slot = next(place for place in range(SLOTS) if place != keep)
+    def _bring(self, index: int) -> None:
+        """Begin to copy layer ``index`` into its slot, once nothing computes with that any more.
+
+        It is always the same slot, whose neighbours' are others.
+        """
+        slot, memory = index % SLOTS, self.blocks[index].memory
         before = self._holds[slot]
         if before is not None:  # whoever looks at that layer from now on sees what is outside of the device
             self.blocks[before].bind(self.blocks[before].memory)
-        memory = self.blocks[index].memory
         target = self._slots[slot][: memory.numel()]
         if self._staging is not None:
             self._ready[slot] = self._staging.send(memory, target, self._side)
