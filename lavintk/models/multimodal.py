@@ -230,9 +230,9 @@ class MultimodalModel(nn.Module):
 
     def hidden_with_side(self, batch: Batch, cache: KeyValueCache | None = None) -> tuple[Tensor, Tensor]:
         """Return what :meth:`hidden` does, and the states ``[M, hidden]`` of the side tokens."""
-        blank_first = self.manner.blank_first and int(batch.conditions[0]) == TEXT
-        embedded = self._embed(batch, blank_first)
-        states = self._run_rows(embedded, batch.positions, batch.lengths, batch.conditions, self._side_tokens(), cache)
+        states = self._run_layers(*self.start(batch, cache))
+        if cache is not None:
+            cache.advance(_as_tensor(batch.lengths, states.device))
         return states[: batch.tokens], states[batch.tokens :]
 
     def decode(self, tokens: Tensor, conditions: Tensor, cache: KeyValueCache) -> Tensor:
@@ -243,7 +243,9 @@ class MultimodalModel(nn.Module):
         embedded = self.language.model.embed_tokens(tokens)
         lengths = (1,) * tokens.numel()
         positions = cache.lengths + self.manner.decode_shift
-        return self._run_rows(embedded, positions, lengths, conditions, None, cache)
+        states = self._run_layers(*self._start_rows(embedded, positions, lengths, conditions, None, cache))
+        cache.advance(_as_tensor(lengths, states.device))
+        return states
 
     @torch.no_grad()
     def run_side_tokens(self) -> None:
@@ -258,7 +260,7 @@ class MultimodalModel(nn.Module):
         conditions = torch.arange(len(side), device=self.device)
         first = torch.zeros_like(conditions)  # a row of one token, any token, for each condition
         embedded = self.language.model.embed_tokens(first).float()
-        self._run_rows(embedded, first, (1,) * len(side), conditions, side, None)
+        self._run_layers(*self._start_rows(embedded, first, (1,) * len(side), conditions, side))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return ``[..., vocabulary]`` in fp32."""
@@ -367,22 +369,6 @@ class MultimodalModel(nn.Module):
     def _chunk_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(hidden), labels, reduction="sum", ignore_index=IGNORED)
 
-    def _run_rows(
-        self,
-        embedded: Tensor,
-        positions: Tensor,
-        lengths: tuple[int, ...],
-        conditions: Tensor,
-        side: Tensor | None,
-        cache: KeyValueCache | None,
-    ) -> Tensor:
-        """Return the states of rows of ``lengths`` tokens, and of side tokens behind them."""
-        states, passage = self._start_rows(embedded, positions, lengths, conditions, side, cache)
-        states = self._run_layers(states, passage)
-        if cache is not None:
-            cache.advance(_as_tensor(lengths, embedded.device))
-        return states
-
     def _start_rows(
         self,
         embedded: Tensor,
@@ -390,7 +376,7 @@ class MultimodalModel(nn.Module):
         lengths: tuple[int, ...],
         conditions: Tensor,
         side: Tensor | None,
-        cache: KeyValueCache | None,
+        cache: KeyValueCache | None = None,
     ) -> tuple[Tensor, Passage]:
         """Return the states in front of the first layer, of rows of ``lengths`` tokens, and their passage."""
         owners = torch.arange(len(lengths), device=conditions.device) if self.manner.side_per_row else conditions
@@ -425,14 +411,14 @@ class MultimodalModel(nn.Module):
         place = Place(plan, rotary[0][0], rotary[1][0])
         return states, Passage(place, positions, rotary, ForwardContext(owners, count, cached=cached))
 
-    def start(self, batch: Batch) -> tuple[Tensor, Passage]:
+    def start(self, batch: Batch, cache: KeyValueCache | None = None) -> tuple[Tensor, Passage]:
         """Return the states ``[1, N + M, hidden]`` of a micro-batch in front of the first layer, and their passage.
 
         For who takes it through the layers one by one: :meth:`run_layer`, then :meth:`loss_behind`.
         """
         blank_first = self.manner.blank_first and int(batch.conditions[0]) == TEXT
         embedded, side = self._embed(batch, blank_first), self._side_tokens()
-        return self._start_rows(embedded, batch.positions, batch.lengths, batch.conditions, side, None)
+        return self._start_rows(embedded, batch.positions, batch.lengths, batch.conditions, side, cache)
 
     def run_layer(self, index: int, states: Tensor, passage: Passage) -> Tensor:
         """Return the states behind decoder layer ``index``."""
