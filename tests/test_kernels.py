@@ -163,19 +163,38 @@ CASES = {
 }
 
 
-def results(call: Callable[..., Any], case: Case, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """Return what ``call`` gives for the case, and the gradients of what is trained, equal numbers for each call."""
+def results(
+    call: Callable[..., Any], case: Case, dtype: torch.dtype, device: str, *, exact: bool = False
+) -> list[Tensor]:
+    """Return what ``call`` gives for the case, and the gradients of what is trained, equal numbers for each call.
+
+    :param exact: let it compute in fp64 from numbers of ``dtype``.
+    """
     torch.manual_seed(0)
     whole = [torch.randn(shape).to(device, dtype).requires_grad_() for shape in case.whole]
-    made = call(*case.arguments(*whole))
+    arguments = case.arguments(*whole)
+    made = call(*map(in_fp64, arguments)) if exact else call(*arguments)
     outputs = made if isinstance(made, tuple) else (made,)
     # gradients as attention gives them: not contiguous
     grads = [torch.randn(*x.shape[:-1], 2 * x.shape[-1]).to(x)[..., : x.shape[-1]] for x in outputs]
     return [*outputs, *torch.autograd.grad(outputs, whole, grads)]
 
 
+def in_fp64(argument: Any) -> Any:
+    """Return an argument of a kernel with its tensors in fp64."""
+    if isinstance(argument, LowRank):
+        return LowRank(argument.inner.double(), argument.up.double(), argument.scale)
+    return argument.double() if isinstance(argument, Tensor) else argument
+
+
+def distance(found: list[Tensor], exact: list[Tensor]) -> float:
+    """Return the largest relative error among results, in the 2-norm."""
+    pairs = ((a.double(), b.double()) for a, b in zip(found, exact))
+    return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+
+
 def figures(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Run the kernel beside torch's operations: the worst difference, the share of equal values, what is kept."""
+    """Run the kernel beside torch's operations: how far apart they are, and from fp64; what is kept."""
     kept: list[list[int]] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -185,11 +204,15 @@ def figures(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         found = results(FUSED[case.kernel], case, dtype, device)
     expected = results(PLAIN[case.kernel], case, dtype, device)
+    exact = results(PLAIN[case.kernel], case, dtype, device, exact=True)
     worst = max(((a.float() - b.float()).abs() / (1 + b.float().abs())).max().item() for a, b in zip(found, expected))
     equal = min((a == b).float().mean().item() for a, b in zip(found, expected))
     same = all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(found, expected))
     node = found[0].grad_fn
-    return {"worst": worst, "equal": equal, "same": same, "kept": kept, "node": node.name() if node else ""}
+    return {
+        "worst": worst, "equal": equal, "same": same, "kept": kept, "node": node.name() if node else "",
+        "error": distance(found, exact), "plain error": distance(expected, exact),
+    }  # fmt: skip
 
 
 LOW_RANK = {
@@ -283,7 +306,11 @@ def check(found: dict[str, Any], kernel: str, dtype: str, *, rounds: bool) -> No
     assert found["same"]
     # two roundings in a row of a 16-bit type, or the order of an fp32 sum
     tolerance = {"fp32": 1e-5, "fp16": 2**-9, "bf16": 2**-6 if rounds else 2**-5}[dtype]
-    rounds_less = kernel in ("rms_norm_and_pass", "swiglu_low_rank")  # than torch, which rounds each sum
+    if kernel == "swiglu_low_rank" and dtype != "fp32":
+        # a sum that is rounded elsewhere can move a gradient by any amount where that is nearly zero
+        assert found["error"] <= found["plain error"] * (1.1 if rounds or dtype == "fp16" else 8)
+        return
+    rounds_less = kernel == "rms_norm_and_pass"  # than torch, which rounds each sum
     assert found["worst"] <= tolerance * (2 if rounds_less else 1)
     if dtype == "fp16" or (dtype == "bf16" and rounds):  # elsewhere than torch rounds, most values would differ
         assert found["equal"] > (0.6 if rounds_less else 0.95)
@@ -636,10 +663,11 @@ def test_a_kernel_on_a_gpu_gives_what_torch_gives_at_the_size_of_a_model(case: C
 def test_a_recorded_kernel_computes_from_what_its_inputs_hold_at_replay(name: str) -> None:
     case = CASES[name]
     whole = [torch.randn(shape, device="cuda") for shape in case.whole]
+    arguments = case.arguments(*whole)  # frozen ones come from the host, which no recording can hold
 
     def run() -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in whole]  # autograd ties a leaf to the stream of its first use
-        made = FUSED[case.kernel](*case.arguments(*leaves))
+        made = FUSED[case.kernel](*leaves, *arguments[len(leaves) :])
         outputs = made if isinstance(made, tuple) else (made,)
         return [*outputs, *torch.autograd.grad(outputs, leaves, [x.detach() for x in outputs])]
 

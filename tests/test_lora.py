@@ -888,8 +888,8 @@ def test_a_cuda_graph_replays_layers_with_their_gradients(
     with torch.cuda.graph(graph):
         captured = step()
     with torch.no_grad():
-        for leaf in leaves:
-            leaf.copy_(torch.randn_like(leaf))
+        for leaf in leaves:  # small: bf16 knows the sine of a large number badly
+            leaf.copy_(torch.randn_like(leaf) / 4)
     graph.replay()
     wide = x.detach().float().requires_grad_()
     outputs = formula(layers, wide)
