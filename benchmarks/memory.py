@@ -121,10 +121,12 @@ def work(case: Case) -> None:
     """Measure and tell what came out."""
     import torch
 
+    from lavintk.devices import grow_segments
     from lavintk.errors import LavintkError, OutOfMemoryError
     from lavintk.plan import plan_of
     from lavintk.plugins import installed_plugins
 
+    grow_segments()
     recipe, plugins = case.recipe(), installed_plugins()
     foretold = plan_of(outline_of(recipe, plugins), recipe, plugins)
     predicted = prediction(foretold)

@@ -114,8 +114,10 @@ class Lavintk:
     def __init__(self, job: Job, device: torch.device) -> None:
         import torch
 
+        from lavintk.devices import grow_segments
         from lavintk.plugins import installed_plugins
 
+        grow_segments()
         self.engine, plugins = job.contender.partition(":")[2] or "eager", installed_plugins()
         recipe = make_recipe_of(job.geometry, job.adapter, {"quant": job.quant, "optim": job.optim})
         self.model = random_model(recipe, plugins, device, torch.bfloat16)

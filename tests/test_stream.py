@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 import lavintk
 from lavintk.data.batch import Batch
-from lavintk.engine import EagerEngine, Engine, LayerwiseEngine, choose_engine
+from lavintk.data.pack import Pack, PackShape
+from lavintk.engine import (
+    EagerEngine,
+    EagerLayers,
+    Engine,
+    LayerwiseEngine,
+    RecordedLayers,
+    choose_engine,
+    layer_graphs,
+)
 from lavintk.models.build import build
 from lavintk.models.host_memory import HostTensors
 from lavintk.models.multimodal import MultimodalModel, recompute
@@ -26,6 +35,7 @@ from lavintk.testing.tiny import write_language_model
 from tests.test_mma import make_batch, randomize
 
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
+CAPACITY = 64
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LORA, LAVIN = {"name": "lora", "r": 4}, {"name": "mma", "visual": "router", "dropout": 0.0}
 Found = tuple[dict[str, Tensor], list[Tensor]]
@@ -58,6 +68,31 @@ def batches_for(model: MultimodalModel) -> list[Batch]:
     return [make_batch(model, seed) for seed in range(3)]
 
 
+def layerwise(model: MultimodalModel, seed: int = 0) -> LayerwiseEngine:
+    return LayerwiseEngine(model, SCALER, EagerLayers(model), seed)
+
+
+class Packed(EagerLayers):
+    """Runs the packs that :class:`RecordedLayers` makes, without recording."""
+
+    def place(self, batch: Batch) -> Batch | Pack:
+        return RecordedLayers.place(RecordedLayers(self._model, CAPACITY), batch)
+
+
+class Repeats:
+    """Stands in for what records CUDA graphs: a replay does the work again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.recorded = 0
+
+    def warm_up(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+    def record(self, work: Callable[[], Any]) -> tuple[Callable[[], Any], None]:
+        self.recorded += 1
+        return work, None
+
+
 def gradients(model: MultimodalModel, engine: Engine) -> Found:
     for parameter in model.trainable().values():
         if parameter.grad is not None:
@@ -88,7 +123,7 @@ def test_streamed_layers_give_the_gradients_of_resident_ones(
     assert len(streamed.stream.blocks) == len(streamed.layers) > SLOTS
     expected = gradients(resident, EagerEngine(resident, SCALER))
     assert_same(expected, gradients(streamed, EagerEngine(streamed, SCALER)))
-    assert_same(expected, gradients(streamed, LayerwiseEngine(streamed, SCALER, 0)))
+    assert_same(expected, gradients(streamed, layerwise(streamed)))
 
 
 def test_layers_that_are_streamed_from_disk_give_the_gradients_of_resident_ones(
@@ -102,8 +137,46 @@ def test_layers_that_are_streamed_from_disk_give_the_gradients_of_resident_ones(
     for kept in (False, True):  # from a file without a name, then from the base that the first one kept
         built = build(make_recipe(content), installed_plugins(), CPU, torch.float32, outside="disk")
         randomize(built.model)
-        assert_same(expected, gradients(built.model.train(), LayerwiseEngine(built.model, SCALER, 0)))
+        assert_same(expected, gradients(built.model.train(), layerwise(built.model)))
         assert list(tmp_path.rglob("layer-*.safetensors")) or not kept
+
+
+@pytest.mark.parametrize("adapter", [{**LORA, "dropout": 0.5}, LAVIN], ids=["lora", "lavin"])
+@pytest.mark.parametrize("outside", ["none", "cpu"])
+def test_layers_that_are_replayed_one_by_one_give_the_gradients_of_layers_that_are_run(
+    deep_folder: Path, adapter: dict[str, Any], outside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_graphs, "Recorder", Repeats)
+    model = model_of(deep_folder, "nf4", adapter, outside)
+    expected = gradients(model, LayerwiseEngine(model, SCALER, Packed(model), 5))
+    layers = RecordedLayers(model, CAPACITY)
+    engine = LayerwiseEngine(model, SCALER, layers, 5)
+    for _ in range(2):
+        assert_same(expected, gradients(model, engine))
+    shapes = {PackShape.of(batch, CAPACITY, model.visual_tokens, layers._side) for batch in batches_for(model)}
+    assert layers._recorder.recorded == 2 * len(model.layers) * len({(s.tokens, s.segments) for s in shapes})  # type: ignore[attr-defined]
+
+
+def test_more_shapes_than_are_recorded_are_run_without_recording(
+    deep_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_graphs, "Recorder", Repeats)
+    monkeypatch.setattr(layer_graphs, "MOST_SHAPES", 0)
+    model = model_of(deep_folder, "nf4", LORA)
+    layers = RecordedLayers(model, CAPACITY)
+    expected = gradients(model, LayerwiseEngine(model, SCALER, Packed(model), 0))
+    assert_same(expected, gradients(model, LayerwiseEngine(model, SCALER, layers, 0)))
+    assert layers._recorder.recorded == 0  # type: ignore[attr-defined]
+
+
+def test_a_streamed_layer_is_in_the_same_place_whenever_it_is_used(deep_folder: Path) -> None:
+    model = model_of(deep_folder, "nf4", LORA, outside="cpu")
+    count, places = len(model.layers), dict[int, set[tuple[int, ...]]]()
+    for index in [*range(count), *reversed(range(count)), *range(count)]:
+        model.bring_layer(index)
+        found = tuple(buffer.data_ptr() for buffer in model.layers[index].buffers())
+        places.setdefault(index, set()).add(found)
+    assert {len(found) for found in places.values()} == {1}
 
 
 @pytest.mark.parametrize("adapter", [LORA, LAVIN], ids=["lora", "lavin"])
@@ -114,13 +187,14 @@ def test_layer_major_accumulation_is_ordinary_accumulation(
     model = model_of(deep_folder, "nf4", adapter)
     expected = gradients(model, EagerEngine(model, SCALER))
     model.offload = HostTensors(CPU) if offload else None
-    assert_same(expected, gradients(model, LayerwiseEngine(model, SCALER, 0)))
+    assert_same(expected, gradients(model, layerwise(model)))
 
 
 class OrdinaryFromSeeds:
     """Ordinary accumulation whose dropout draws from a seed for each micro-batch and layer."""
 
     name = "eager"
+    records = False
 
     def __init__(self, model: MultimodalModel, seed: int) -> None:
         self.model, self.seed = model, seed
@@ -146,10 +220,10 @@ class OrdinaryFromSeeds:
 def test_layer_major_accumulation_draws_the_same_dropout_again_in_the_backward_pass(deep_folder: Path) -> None:
     adapter = {"name": "lora", "r": 4, "dropout": 0.5}
     model = model_of(deep_folder, "nf4", adapter)
-    layerwise = gradients(model, LayerwiseEngine(model, SCALER, 7))
-    assert_same(gradients(model, OrdinaryFromSeeds(model, 7)), layerwise)
-    other = gradients(model, LayerwiseEngine(model, SCALER, 8))
-    assert not torch.equal(torch.stack(layerwise[1]), torch.stack(other[1]))
+    found = gradients(model, layerwise(model, 7))
+    assert_same(gradients(model, OrdinaryFromSeeds(model, 7)), found)
+    other = gradients(model, layerwise(model, 8))
+    assert not torch.equal(torch.stack(found[1]), torch.stack(other[1]))
 
 
 def test_the_layerwise_engine_leaves_the_random_numbers_of_others_alone(deep_folder: Path) -> None:
@@ -157,7 +231,7 @@ def test_the_layerwise_engine_leaves_the_random_numbers_of_others_alone(deep_fol
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    gradients(model, LayerwiseEngine(model, SCALER, 0))
+    gradients(model, layerwise(model))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -202,7 +276,7 @@ def test_a_layer_crosses_the_bus_twice_per_step_however_many_micro_batches_there
     monkeypatch.setattr(LayerStream, "_bring", counted)
     last = len(model.layers) - 1
     forward, back = list(range(last + 1)), list(range(last - SLOTS, -1, -1))
-    engine = LayerwiseEngine(model, SCALER, 0)
+    engine = layerwise(model)
     gradients(model, engine)
     assert brought == forward + back
     brought.clear()
@@ -225,7 +299,7 @@ def test_no_layer_computes_while_it_is_not_on_the_device(
         return dequantize(self, dtype)
 
     monkeypatch.setattr(kind, "dequantize", noted)
-    for engine in (EagerEngine(model, SCALER), LayerwiseEngine(model, SCALER, 0)):
+    for engine in (EagerEngine(model, SCALER), layerwise(model)):
         where.clear()
         gradients(model, engine)
         assert where
@@ -234,7 +308,7 @@ def test_no_layer_computes_while_it_is_not_on_the_device(
 
 def test_a_layer_that_is_not_in_use_is_what_it_was(deep_folder: Path) -> None:
     resident, streamed = model_of(deep_folder, "nf4", LORA), model_of(deep_folder, "nf4", LORA, outside="cpu")
-    gradients(streamed, LayerwiseEngine(streamed, SCALER, 0))
+    gradients(streamed, layerwise(streamed))
     for name, layer in streamed.linears().items():
         for key, value in resident.linears()[name].state_dict().items():
             assert torch.equal(layer.state_dict()[key], value), (name, key)
@@ -306,8 +380,26 @@ def test_on_a_gpu_streamed_layers_give_the_gradients_of_resident_ones(
     expected = gradients(resident, EagerEngine(resident, SCALER))
     for offload in (False, True):
         streamed.offload = HostTensors(CUDA) if offload else None
-        for engine in (EagerEngine(streamed, SCALER), LayerwiseEngine(streamed, SCALER, 0)):
+        recorded = LayerwiseEngine(streamed, SCALER, RecordedLayers(streamed, CAPACITY), 0)
+        for engine in (EagerEngine(streamed, SCALER), layerwise(streamed), recorded, recorded):
             assert_near(expected, gradients(streamed, engine))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("outside", ["none", "cpu"])
+def test_on_a_gpu_replayed_layers_draw_the_same_dropout_in_both_passes(deep_folder: Path, outside: str) -> None:
+    model = model_of(deep_folder, "nf4", {**LORA, "dropout": 0.5}, outside, CUDA)
+    expected = gradients(model, LayerwiseEngine(model, SCALER, Packed(model), 5))
+    engine, reason = choose_engine("layerwise", model, SCALER, CAPACITY, seed=5)
+    assert not reason
+    assert isinstance(engine, LayerwiseEngine)
+    assert isinstance(engine.layers, RecordedLayers)
+    torch.manual_seed(8)
+    following = torch.rand(3, device=CUDA)
+    torch.manual_seed(8)
+    for _ in range(3):
+        assert_near(expected, gradients(model, engine))
+    assert torch.equal(torch.rand(3, device=CUDA), following)
 
 
 @pytest.mark.gpu

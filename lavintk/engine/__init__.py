@@ -16,12 +16,24 @@ from torch import Tensor
 
 from lavintk.data.batch import Batch
 from lavintk.engine.eager import EagerEngine
-from lavintk.engine.graph import GraphEngine, NotRecordableError, why_not_recordable
+from lavintk.engine.graph import GraphEngine, why_not_recordable
+from lavintk.engine.layer_graphs import EagerLayers, RecordedLayers
 from lavintk.engine.layerwise import LayerwiseEngine
+from lavintk.engine.recorder import NotRecordableError
 from lavintk.errors import RecipeError
 from lavintk.models.multimodal import MultimodalModel
 
-__all__ = ["EagerEngine", "Engine", "GraphEngine", "LayerwiseEngine", "NotRecordableError", "choose_engine"]
+__all__ = [
+    "EagerEngine",
+    "EagerLayers",
+    "Engine",
+    "GraphEngine",
+    "LayerwiseEngine",
+    "NotRecordableError",
+    "RecordedLayers",
+    "choose_engine",
+    "without_graphs",
+]
 
 
 class Engine(Protocol):
@@ -29,6 +41,8 @@ class Engine(Protocol):
 
     name: str
     """As the recipe names it."""
+    records: bool
+    """Whether it records CUDA graphs, which want micro-batches of few shapes."""
 
     def backward(self, window: Sequence[Batch], labelled: int, step: int) -> list[Tensor]:
         """Add the gradients of the mean loss over ``labelled`` tokens to the parameters' ``grad``.
@@ -51,14 +65,24 @@ def choose_engine(
     :param seed: of dropout.
     :raises RecipeError: ``graph`` is asked for and cannot be.
     """
-    eager = EagerEngine(model, scaler)
     if setting == "eager":
-        return eager, ""
-    if setting == "layerwise" or (setting == "auto" and model.stream is not None):
-        return LayerwiseEngine(model, scaler, seed), ""
+        return EagerEngine(model, scaler), ""
     reason = why_not_recordable(model)
+    if setting == "layerwise" or (setting == "auto" and model.stream is not None):
+        layers = EagerLayers(model) if reason else RecordedLayers(model, capacity)
+        return LayerwiseEngine(model, scaler, layers, seed), f"without CUDA graphs: {reason}" if reason else ""
+    if model.stream is not None:
+        reason = "the base is streamed, and its layers take turns in the device's memory"
     if not reason:
         return GraphEngine(model, scaler, capacity, seed), ""
     if setting == "graph":
         raise RecipeError("train.engine", [f"'graph' was asked for, but {reason}"], "Use --engine auto or eager.")
-    return eager, reason
+    return EagerEngine(model, scaler), reason
+
+
+def without_graphs(engine: Engine) -> Engine:
+    """Return the engine that computes the same without recording anything."""
+    assert isinstance(engine, GraphEngine | LayerwiseEngine)
+    if isinstance(engine, LayerwiseEngine):
+        return LayerwiseEngine(engine.model, engine.scaler, EagerLayers(engine.model), engine.seed)
+    return EagerEngine(engine.model, engine.scaler)

@@ -15,6 +15,7 @@ class EagerEngine:
     """Runs any model on any device, micro-batches of any shape."""
 
     name = "eager"
+    records = False
 
     def __init__(self, model: MultimodalModel, scaler: torch.amp.GradScaler) -> None:
         self.model, self.scaler = model, scaler

@@ -1,12 +1,8 @@
-"""The engine that records the operations of a micro-batch as a CUDA graph and replays them.
-
-A graph holds addresses, not tensors: what changes from micro-batch to micro-batch is copied into the tensors that were
-there at the recording, and gradients are added to the very tensors that stood in ``grad``.
-"""
+"""The engine that records the operations of a micro-batch as a CUDA graph and replays them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
@@ -17,7 +13,7 @@ from torch import Tensor, nn
 from lavintk.data.batch import Batch
 from lavintk.data.pack import Pack, PackShape
 from lavintk.engine.randomness import RecordedRandomness, Run, recompute_without_randomness
-from lavintk.errors import LavintkError
+from lavintk.engine.recorder import Recorder, keep_gradients
 from lavintk.models.multimodal import MultimodalModel, Recompute, recompute
 
 WARM_UPS = 2
@@ -26,16 +22,10 @@ MOST_GRAPHS = 24
 """Shapes that are recorded. Each graph holds a few hundred KiB of launch parameters per layer; memory is shared."""
 
 
-class NotRecordableError(LavintkError):
-    """A model's operations could not be recorded as a CUDA graph."""
-
-
 def why_not_recordable(model: MultimodalModel) -> str:
     """Return what keeps ``model`` from being recorded, or an empty text if nothing is known to."""
     if model.device.type != "cuda":
         return "CUDA graphs need a CUDA device"
-    if model.stream is not None:
-        return "the base is streamed, and its layers take turns in the device's memory"
     layers = {type(module).__name__ for module in model.linears().values() if not module.graph_safe}
     if layers:
         return f"the host waits for the device in layers of the kind {', '.join(sorted(layers))}"
@@ -52,7 +42,7 @@ class RecordedStep:
     :param loss: sum over the labelled tokens.
     """
 
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], None]
     pack: Pack
     factor: Tensor
     loss: Tensor
@@ -65,7 +55,7 @@ class RecordedStep:
         self.factor.copy_(factor)
         if self.randomness is not None:
             self.randomness.seed(seed)
-        self.graph.replay()
+        self.replay()
         return self.loss.clone()
 
 
@@ -76,19 +66,20 @@ class GraphEngine:
     """
 
     name = "graph"
+    records = True
 
     def __init__(self, model: MultimodalModel, scaler: torch.amp.GradScaler, capacity: int, seed: int) -> None:
         self.model, self.scaler, self.capacity = model, scaler, capacity
         tokens = model.adapter.side_tokens() if model.adapter else None
         self._side = 0 if tokens is None else len(tokens)
         self._recorded: dict[PackShape, RecordedStep] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._recorder = Recorder(model.device)
         self._seed = seed
         self._trained = list(model.trainable().values())
 
     def backward(self, window: Sequence[Batch], labelled: int, step: int) -> list[Tensor]:
         """Add the window's gradients; see :class:`lavintk.engine.Engine`."""
-        self._keep_gradients()
+        keep_gradients(self._trained)
         factor = self.scaler.scale(torch.ones((), device=self.model.device)) / labelled
         losses = []
         for index, batch in enumerate(window):
@@ -103,11 +94,6 @@ class GraphEngine:
                 loss = self._recorded[shape].run(pack.map(Tensor.pin_memory), factor, seed)
             losses.append(loss / labelled)
         return losses
-
-    def _keep_gradients(self) -> None:
-        for parameter in self._trained:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
 
     def _run_eagerly(self, pack: Pack, factor: Tensor) -> Tensor:
         return self._forward_backward(pack.map(lambda tensor: tensor.to(self.model.device)), factor)
@@ -124,26 +110,14 @@ class GraphEngine:
         """
         device = self.model.device
         pack, factor = example.map(lambda tensor: tensor.to(device)), torch.zeros((), device=device)
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            layers, draws = self._warm_up(pack, factor)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-        graph = torch.cuda.CUDAGraph()
+        layers, draws = self._recorder.warm_up(lambda: self._warm_up(pack, factor))
         randomness = RecordedRandomness(device, layers) if draws else None
-        if randomness is not None:
-            randomness.attach(graph)
         how = recompute_without_randomness if randomness is None else randomness.recompute
-        try:
-            with _recomputing(self.model, how), torch.cuda.graph(graph, pool=self._pool, stream=stream):
-                loss = self._forward_backward(pack, factor)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise NotRecordableError(f"an operation cannot be recorded: {str(error).splitlines()[0]}") from error
-        return RecordedStep(graph, pack, factor, loss, randomness)
+        with _recomputing(self.model, how):
+            replay, loss = self._recorder.record(
+                lambda: self._forward_backward(pack, factor), None if randomness is None else randomness.attach
+            )
+        return RecordedStep(replay, pack, factor, loss, randomness)
 
     def _warm_up(self, pack: Pack, factor: Tensor) -> tuple[int, bool]:
         """Run with a ``factor`` of 0, which leaves gradients as they are; return what a recording has to know.

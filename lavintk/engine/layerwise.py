@@ -9,35 +9,41 @@ Between two layers only the layers' inputs are kept, those of the whole step; th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from random import Random
 
 import torch
 from torch import Tensor
 
 from lavintk.data.batch import Batch
+from lavintk.data.pack import Pack
+from lavintk.engine.layer_graphs import EagerLayers, RecordedLayers
+from lavintk.engine.randomness import random_state_kept
 from lavintk.models.host_memory import HostTensors
 from lavintk.models.multimodal import MultimodalModel, Passage
 
 
 class LayerwiseEngine:
-    """Runs any model on any device, launching each operation when Python comes to it.
+    """Runs any model on any device.
 
+    :param layers: how layers are run.
     :param seed: of dropout.
     """
 
     name = "layerwise"
 
-    def __init__(self, model: MultimodalModel, scaler: torch.amp.GradScaler, seed: int) -> None:
-        self.model, self.scaler, self._seed = model, scaler, seed
+    def __init__(
+        self, model: MultimodalModel, scaler: torch.amp.GradScaler, layers: EagerLayers | RecordedLayers, seed: int
+    ) -> None:
+        self.model, self.scaler, self.layers, self.seed = model, scaler, layers, seed
+        self.records = layers.records
 
     def backward(self, window: Sequence[Batch], labelled: int, step: int) -> list[Tensor]:
         """Add the window's gradients; see :class:`lavintk.engine.Engine`."""
-        batches = [batch.to(self.model.device) for batch in window]
-        seeds = [Random(f"{self._seed}/{step}/{index}").getrandbits(62) for index in range(len(window))]
-        with _random_state_kept(self.model.device):
-            return _Window(self.model, self.scaler, batches, seeds).backward(labelled)
+        rows = [self.layers.place(batch) for batch in window]
+        seeds = [Random(f"{self.seed}/{step}/{index}").getrandbits(62) for index in range(len(window))]
+        with random_state_kept(self.model.device):
+            return _Window(self.model, self.scaler, self.layers, rows, seeds).backward(labelled)
 
 
 class _Window:
@@ -47,23 +53,27 @@ class _Window:
     """
 
     def __init__(
-        self, model: MultimodalModel, scaler: torch.amp.GradScaler, batches: Sequence[Batch], seeds: Sequence[int]
+        self,
+        model: MultimodalModel,
+        scaler: torch.amp.GradScaler,
+        layers: EagerLayers | RecordedLayers,
+        rows: Sequence[Batch | Pack],
+        seeds: Sequence[int],
     ) -> None:
-        self.model, self.scaler, self.batches, self.seeds = model, scaler, batches, seeds
+        self.model, self.scaler, self.layers, self.rows, self.seeds = model, scaler, layers, rows, seeds
         self.inputs: HostTensors | _DeviceTensors = model.offload or _DeviceTensors()
-        self.layers, self.count = len(model.layers), len(batches)
+        self.depth = len(model.layers)
 
     def backward(self, labelled: int) -> list[Tensor]:
         """Add the gradients; return each micro-batch's part of the mean loss over ``labelled`` tokens."""
         states, passages = self._enter()
-        for index in range(self.layers):
+        for index in range(self.depth):
             for number, passage in enumerate(passages):
                 self.inputs.put((index, number), states[number])
                 self._draw_for(number, 1 + index)
-                with torch.no_grad():
-                    states[number] = self.model.run_layer(index, states[number], passage)
+                states[number] = self.layers.forward(index, states[number], passage)
         losses, gradients = self._losses(states, labelled)
-        for index in reversed(range(self.layers)):
+        for index in reversed(range(self.depth)):
             for number, passage in enumerate(passages):
                 gradients[number] = self._back_through(index, number, passage, gradients[number])
         self._back_through_entry(gradients)
@@ -72,19 +82,19 @@ class _Window:
     def _enter(self) -> tuple[list[Tensor], list[Passage]]:
         """Return the states in front of the layers, without what a backward pass needs, and the passages."""
         entered = []
-        for number, batch in enumerate(self.batches):
+        for number, rows in enumerate(self.rows):
             self._draw_for(number, 0)
             with torch.no_grad():
-                entered.append(self.model.start(batch))
+                entered.append(self.model.start(rows))
         return [states for states, _ in entered], [passage for _, passage in entered]
 
     def _losses(self, states: list[Tensor], labelled: int) -> tuple[list[Tensor], list[Tensor]]:
         """Return the losses, and the gradients with respect to the states, which are taken out of their list."""
         losses, gradients = [], []
-        for batch in self.batches:
+        for rows in self.rows:
             behind = states.pop(0).detach().requires_grad_()
             with torch.enable_grad():
-                loss = self.model.loss_behind(behind, batch) / labelled
+                loss = self.model.loss_behind(behind, rows) / labelled
             self.scaler.scale(loss).backward()
             losses.append(loss.detach())
             gradients.append(_gradient(behind))
@@ -92,26 +102,23 @@ class _Window:
 
     def _back_through(self, index: int, number: int, passage: Passage, gradient: Tensor) -> Tensor:
         """Return the gradient with respect to a layer's input, adding those of what is trained in it."""
-        entering = self.inputs.get((index, number)).requires_grad_()
+        entering = self.inputs.get((index, number))
         self._fetch_after(index, number)
         self._draw_for(number, 1 + index)
-        with torch.enable_grad():
-            leaving = self.model.run_layer(index, entering, passage)
-            torch.autograd.backward(leaving, gradient)
-        return _gradient(entering)
+        return self.layers.backward(index, entering, passage, gradient)
 
     def _fetch_after(self, index: int, number: int) -> None:
-        if number + 1 < self.count:
+        if number + 1 < len(self.rows):
             self.inputs.fetch((index, number + 1))
         elif index > 0:
             self.inputs.fetch((index - 1, 0))
 
     def _back_through_entry(self, gradients: Sequence[Tensor]) -> None:
         """Go on into what makes the states in front of the layers: connector, tower, side tokens."""
-        for number, (batch, gradient) in enumerate(zip(self.batches, gradients, strict=True)):
+        for number, (rows, gradient) in enumerate(zip(self.rows, gradients, strict=True)):
             self._draw_for(number, 0)
             with torch.enable_grad():
-                states, _ = self.model.start(batch)
+                states, _ = self.model.start(rows)
                 if not states.requires_grad:
                     return
                 torch.autograd.backward(states, gradient)
@@ -143,10 +150,3 @@ def _gradient(tensor: Tensor) -> Tensor:
     """Return the gradient of a leaf that took part in a backward pass."""
     assert tensor.grad is not None
     return tensor.grad
-
-
-@contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
-    """Leave the generators as they were."""
-    with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):
-        yield

@@ -1,4 +1,4 @@
-"""Random numbers in a CUDA graph whose layers are recomputed.
+"""Random numbers of layers that are recomputed, and in CUDA graphs.
 
 Dropout has to draw the same mask in a layer's forward pass and in its recomputation. Outside of a graph the state of
 the generator is read and put back; a graph cannot do that, since its states lie on the device. So each recomputed layer
@@ -16,6 +16,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Run = Callable[..., Tensor]
+
+
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Leave torch's generators as they were, that of ``device`` included."""
+    with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):
+        yield
 
 
 class RecordedRandomness:

@@ -230,7 +230,7 @@ class MultimodalModel(nn.Module):
 
     def hidden_with_side(self, batch: Batch, cache: KeyValueCache | None = None) -> tuple[Tensor, Tensor]:
         """Return what :meth:`hidden` does, and the states ``[M, hidden]`` of the side tokens."""
-        states = self._run_layers(*self.start(batch, cache))
+        states = self._run_layers(*self._start_batch(batch, cache))
         if cache is not None:
             cache.advance(_as_tensor(batch.lengths, states.device))
         return states[: batch.tokens], states[batch.tokens :]
@@ -281,11 +281,7 @@ class MultimodalModel(nn.Module):
         Nothing waits for the device, so that a CUDA graph can hold it. Not for :attr:`Manner.side_per_row` and
         :attr:`Manner.blank_first`.
         """
-        # the token behind the last one takes the features of images that only fill up the pack
-        embedded = self._embed(pack, False)[:-1]
-        side = self._side_tokens()
-        plan = PackPlan(pack.boundaries, pack.tokens)
-        states = self._run_layers(*self._start(embedded, pack.positions, pack.conditions, plan, side))
+        states = self._run_layers(*self._start_pack(pack))
         return self._cross_entropy(states.index_select(0, pack.trained), pack.labels)
 
     def visual_embeddings(self, pixel_values: Tensor, *, blank_first: bool = False) -> Tensor:
@@ -411,26 +407,42 @@ class MultimodalModel(nn.Module):
         place = Place(plan, rotary[0][0], rotary[1][0])
         return states, Passage(place, positions, rotary, ForwardContext(owners, count, cached=cached))
 
-    def start(self, batch: Batch, cache: KeyValueCache | None = None) -> tuple[Tensor, Passage]:
-        """Return the states ``[1, N + M, hidden]`` of a micro-batch in front of the first layer, and their passage.
-
-        For who takes it through the layers one by one: :meth:`run_layer`, then :meth:`loss_behind`.
-        """
+    def _start_batch(self, batch: Batch, cache: KeyValueCache | None = None) -> tuple[Tensor, Passage]:
         blank_first = self.manner.blank_first and int(batch.conditions[0]) == TEXT
         embedded, side = self._embed(batch, blank_first), self._side_tokens()
         return self._start_rows(embedded, batch.positions, batch.lengths, batch.conditions, side, cache)
 
-    def run_layer(self, index: int, states: Tensor, passage: Passage) -> Tensor:
-        """Return the states behind decoder layer ``index``."""
+    def _start_pack(self, pack: Pack) -> tuple[Tensor, Passage]:
+        # the token behind the last one takes the features of images that only fill up the pack
+        embedded = self._embed(pack, False)[:-1]
+        plan = PackPlan(pack.boundaries, pack.tokens)
+        return self._start(embedded, pack.positions, pack.conditions, plan, self._side_tokens())
+
+    def start(self, rows: Batch | Pack) -> tuple[Tensor, Passage]:
+        """Return the states ``[1, N + M, hidden]`` of a micro-batch in front of the first layer, and their passage.
+
+        For who takes it through the layers one by one: :meth:`bring_layer`, :meth:`run_layer`, then
+        :meth:`loss_behind`. For packs see :meth:`pack_loss_sum`.
+        """
+        return self._start_pack(rows) if isinstance(rows, Pack) else self._start_batch(rows)
+
+    def bring_layer(self, index: int) -> None:
+        """Let decoder layer ``index`` be on the device for what is given to that next."""
         if self.stream is not None:
             self.stream.use(index)
+
+    def run_layer(self, index: int, states: Tensor, passage: Passage) -> Tensor:
+        """Return the states behind decoder layer ``index``, the last one that was brought."""
         return self._run_module(self.layers[index], states, passage)
 
-    def loss_behind(self, states: Tensor, batch: Batch) -> Tensor:
+    def loss_behind(self, states: Tensor, rows: Batch | Pack) -> Tensor:
         """Return what :meth:`loss_sum` does, of the states behind the last layer."""
-        rows = (batch.labels != IGNORED).nonzero().flatten()
-        hidden = self.language.model.norm(states[0]).index_select(0, rows)
-        return self._cross_entropy(hidden, batch.labels.index_select(0, rows))
+        if isinstance(rows, Pack):
+            places, labels = rows.trained, rows.labels
+        else:
+            places = (rows.labels != IGNORED).nonzero().flatten()
+            labels = rows.labels.index_select(0, places)
+        return self._cross_entropy(self.language.model.norm(states[0]).index_select(0, places), labels)
 
     def _run_module(self, layer: nn.Module, states: Tensor, passage: Passage) -> Tensor:
         with self.context.set(passage.context):
@@ -451,8 +463,7 @@ class MultimodalModel(nn.Module):
         for index, layer in enumerate(self.layers):
 
             def run(module: nn.Module, hidden: Tensor, index: int = index) -> Tensor:
-                if self.stream is not None:
-                    self.stream.use(index)
+                self.bring_layer(index)
                 return self._run_module(module, hidden, passage)
 
             if index >= recomputed:
@@ -469,8 +480,7 @@ class MultimodalModel(nn.Module):
 
     def _bring_back(self, index: int, gradient: Tensor) -> None:
         """Let a layer be on the device when the gradient with respect to its output is there."""
-        assert self.stream is not None
-        self.stream.use(index)
+        self.bring_layer(index)
 
     def _recomputed_block(self, block: nn.Module, hidden: Tensor) -> Tensor:
         return self.recompute(run_block, block, hidden)
