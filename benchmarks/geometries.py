@@ -19,8 +19,10 @@ LANGUAGE = {
     "13b": LlamaConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
     "33b": LlamaConfig(hidden_size=6656, intermediate_size=17920, num_hidden_layers=60, num_attention_heads=52),
     "65b": LlamaConfig(hidden_size=8192, intermediate_size=22016, num_hidden_layers=80, num_attention_heads=64),
+    "tiny": LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4),
 }  # fmt: skip
-"""LLaMA-1 geometries, vocabulary 32000, untied head (TinyLlama's for 1b), and Llama 3.1's of 8B."""
+"""LLaMA-1 geometries, vocabulary 32000, untied head (TinyLlama's for 1b), and Llama 3.1's of 8B; ``tiny`` is for trying
+a command."""
 CLIP_LARGE = CLIPVisionConfig(
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224,
     patch_size=14, projection_dim=768,

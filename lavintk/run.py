@@ -141,7 +141,7 @@ class Run:
         dtype = pick_precision(self.recipe.train.precision, target)
         assembly = build(
             self.recipe, installed_plugins(), target, dtype,
-            check_base=self.check_base, trained_in=self.trained_in(), stream=stream,
+            check_base=self.check_base, trained_in=self.trained_in(), trained_on=self.trained_on(), stream=stream,
             outside="none" if stream or target.type != "cuda" else self.recipe.train.stream,
         )  # fmt: skip
         try:
@@ -159,6 +159,13 @@ class Run:
 
         name = self.manifest.get("precision")
         return getattr(torch, name) if name in ("float32", "float16", "bfloat16") else None
+
+    def trained_on(self) -> str | None:
+        """Return the kind of device of the training, ``"cpu"`` or ``"cuda"``, or None where that is not known."""
+        kind, in_words = self.manifest.get("device_type"), self.manifest.get("device")
+        if kind is None and in_words is not None:  # the manifest is older than this entry
+            kind = "cpu" if str(in_words).startswith("CPU, ") else "cuda"
+        return kind if kind in ("cpu", "cuda") else None
 
     def check_base(self, found: Mapping[str, Mapping[str, str]]) -> None:
         """Refuse frozen models that are not those the run was trained on: its weights mean nothing to others.

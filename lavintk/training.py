@@ -39,7 +39,7 @@ from lavintk.data.records import ImageSource, Record
 from lavintk.data.steps import StepOrder
 from lavintk.data.tokenize import TokenizedRecord, tokenize_all
 from lavintk.devices import describe, enough_memory, peak_memory, pick_device, pick_precision
-from lavintk.engine import EagerEngine, Engine, NotRecordableError, choose_engine
+from lavintk.engine import Engine, NotRecordableError, choose_engine, without_graphs
 from lavintk.errors import DataError, LavintkError, OutOfMemoryError, RunError, TrainingError
 from lavintk.evaluate import mean_loss
 from lavintk.features import keep_features
@@ -166,9 +166,9 @@ class Trainer:
         self.info = RunInfo(self.run.folder, self.recipe.name, self.recipe.dump(), self.order.total, trainable)
         self.run.use(self.assembly)
         self.run.record(
-            status="running", device=describe(self.device), precision=str(self.dtype).removeprefix("torch."),
-            base=self.assembly.base, trainable_parameters=trainable, total_steps=self.order.total,
-            recipe=self.recipe.dump(), **self._facts,
+            status="running", device=describe(self.device), device_type=self.device.type,
+            precision=str(self.dtype).removeprefix("torch."), base=self.assembly.base,
+            trainable_parameters=trainable, total_steps=self.order.total, recipe=self.recipe.dump(), **self._facts,
         )  # fmt: skip
         self._call("lavintk_run_started")
 
@@ -269,7 +269,7 @@ class Trainer:
         if self.device.type == "cuda":
             foretold = plan_of(self.assembly.model, self.recipe, self.plugins, self.engine.name, capacity)
             self._facts["predicted_memory_bytes"] = foretold.allocated
-        packs = self.engine.name == "graph" if settings.pack == "auto" else settings.pack
+        packs = self.engine.records if settings.pack == "auto" else settings.pack
         self.order = StepOrder(self.rows, settings, capacity if packs else None)
         said = [f"engine {self.engine.name}{f' ({reason})' if reason and self.device.type == 'cuda' else ''}"]
         self.console.print(", ".join([*said, *filter(None, [self.order.describe()])]))
@@ -386,8 +386,8 @@ class Trainer:
     def _go_on_eagerly(self, reason: str) -> None:
         if self.recipe.train.engine == "graph":
             raise TrainingError(f"train.engine is 'graph', but {reason}. Use --engine auto or eager.")
-        self.engine = EagerEngine(self.assembly.model, self.scaler)
-        self.console.print(f"note: engine eager: {reason}")
+        self.engine = without_graphs(self.engine)
+        self.console.print(f"note: engine {self.engine.name} without CUDA graphs: {reason}")
 
     # -- what surrounds a step -------------------------------------------------------------------------------------
 

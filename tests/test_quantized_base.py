@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lavintk.layers import DenseLinear
+from lavintk.layers import DenseLinear, FrozenLinear
 from lavintk.models import base_cache, quantized_base
 from lavintk.models.base_cache import kept_bases, make_base, opened, quantized_folder, wanted_base
 from lavintk.models.build import build
@@ -57,14 +57,15 @@ def load(
     """Build the model of a recipe as a run does."""
     dtype, stream = changes.pop("dtype", torch.float32), changes.pop("stream", False)
     device, outside = changes.pop("device", CPU), changes.pop("outside", "none")
-    trained_in, embed_quant = changes.pop("trained_in", None), changes.pop("embed_quant", "none")
+    trained = {key: changes.pop(key, None) for key in ("trained_in", "trained_on")}
+    embed_quant = changes.pop("embed_quant", "none")
     model = {"language": str(folder), "cache": cache, **changes}
     asked = make_recipe(
         {"model": model, "quant": quant, "embed_quant": embed_quant, "adapter": None, "data": {"train": None}}
     )
     say = None if lines is None else lines.append
     return build(
-        asked, installed_plugins(), device, dtype, stream=stream, trained_in=trained_in, say=say, outside=outside
+        asked, installed_plugins(), device, dtype, stream=stream, say=say, outside=outside, **trained
     ).model.language  # fmt: skip
 
 
@@ -202,6 +203,23 @@ def test_on_a_gpu_kept_bases_are_those_of_quantizing_there(
     kept = load(folders["qwen2"], quant, **settings)
     assert bits(kept) == bits(expected)
     assert {tensor.device.type for tensor in kept.state_dict().values()} == {"cuda"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quant", ["nf4", "nf4:double_quant=false", "int8", "int4"])
+def test_what_a_gpu_kept_is_what_a_cpu_loads_of_its_training(
+    folders: dict[str, Path], quant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = load(folders["qwen2"], quant, device=torch.device("cuda"), dtype=torch.bfloat16)
+    forbid_quantizing(monkeypatch, quant)
+    found = load(folders["qwen2"], quant, trained_in=torch.bfloat16, trained_on="cuda")
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(tensor, trained.state_dict()[name].cpu().to(tensor.dtype)), name
+    for name, layer in found.named_modules():
+        if isinstance(layer, FrozenLinear):
+            on_gpu = trained.get_submodule(name)
+            assert isinstance(on_gpu, FrozenLinear)
+            torch.testing.assert_close(layer.dequantize(torch.float32), on_gpu.dequantize(torch.float32).cpu())
 
 
 # -- the files -------------------------------------------------------------------------------------------------------
@@ -427,6 +445,158 @@ def test_a_second_training_and_what_loads_its_run_read_no_original_weight(
     assert output.getvalue().count("kept the quantized base: ") == 1
     assert bits(second.assembly.model) == bits(first.assembly.model)
     assert bits(Run.open(tmp_path / "first").load().assembly.model) == bits(first.assembly.model)
+
+
+# -- the base of the training ----------------------------------------------------------------------------------------
+
+
+def no_quantizing(*_: object) -> FrozenLinear:
+    raise AssertionError("something was quantized")
+
+
+def forbid_quantizing(monkeypatch: pytest.MonkeyPatch, quant: str) -> None:
+    """Let nothing be read of the original and nothing be quantized."""
+    monkeypatch.setattr(FileSource, "read", no_weights)
+    monkeypatch.setattr(type(installed_plugins().quantizers.create(Choice.parse(quant))), "quantize", no_quantizing)
+
+
+def call_it_made_on_cuda(source: Path, quant: str, embed_quant: str = "none") -> QuantizedBase:
+    """Make the entry, which a CPU made in bf16, one of a GPU: under its key, in its place."""
+    entry, opened_source = the_entry(), open_source(source)
+    wanted = wanted_base(
+        opened_source, opened_source.fingerprint(), installed_plugins(), Choice.parse(quant), Choice.parse(embed_quant),
+        [torch.bfloat16], torch.device("cuda"),
+    )  # fmt: skip
+    assert wanted is not None
+    content = json.loads((entry.folder / MANIFEST).read_text())
+    (entry.folder / MANIFEST).write_text(json.dumps({**content, "origin": wanted.origin}))
+    entry.folder.rename(wanted.folder)
+    return opened(wanted)
+
+
+def in_fp32(folder: Path) -> Run:
+    """Open a run so that it is loaded in fp32, as one with the precision ``auto`` is on a CPU."""
+    run = Run.open(folder)
+    run.recipe = make_recipe(run.recipe.dump(), {"train.precision": "fp32"})
+    return run
+
+
+def answers(run: Run) -> Tensor:
+    from lavintk.data.batch import Batch
+
+    ids = torch.arange(5, 30)
+    batch = Batch(
+        ids, ids, torch.arange(25), (25,), torch.zeros(1).long(), None, torch.zeros(0, dtype=torch.int64), ("row",)
+    )
+    with torch.no_grad():
+        return run.assembly.model.logits(run.assembly.model.hidden(batch))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("made_on", ["cpu", "cuda"])
+@pytest.mark.parametrize("quant", ["nf4", "int4"])
+def test_a_run_is_loaded_in_another_type_and_on_another_device_with_the_very_codes_that_were_trained(
+    tmp_path: Path, quant: str, made_on: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = write_everything(tmp_path)
+    content = recipe(files, max_steps=2) | {"quant": quant}
+    content["model"]["cache"], content["train"]["precision"] = True, "bf16"
+    trained = train(content, tmp_path / "run", console=Console(file=io.StringIO()))
+    assert trained.manifest["device_type"] == "cpu"
+    plain = in_fp32(tmp_path / "run")
+    plain.recipe = make_recipe(plain.recipe.dump(), {"model.cache": False})
+    plain.load("cpu")
+    entry, run = the_entry(), in_fp32(tmp_path / "run")
+    if made_on == "cuda":
+        entry = call_it_made_on_cuda(Path(content["model"]["language"]), quant)
+        run.manifest["device_type"] = "cuda"
+    forbid_quantizing(monkeypatch, quant)
+    run.load("cpu", stream=stream)
+    found, expected = run.assembly.model.language, plain.assembly.model.language
+    for name, module in run.assembly.model.linears().items():
+        layer = module.layer() if isinstance(module, StreamedLinear) else module
+        for leaf, tensor in layer.state_dict().items():
+            stored = entry.read(f"{name.removeprefix('language.')}.{leaf}")
+            assert tensor.dtype == stored.dtype
+            assert torch.equal(tensor, stored), f"{name}.{leaf}"
+    parameters = dict(expected.named_parameters())
+    assert dict(found.named_parameters()).keys() == parameters.keys()
+    for name, parameter in found.named_parameters():
+        assert parameter.dtype == torch.float32, name
+        assert torch.equal(parameter, parameters[name]), name
+    assert torch.equal(answers(run), answers(plain))
+
+
+@pytest.mark.parametrize(("embed_quant", "dtype"), [("int8", torch.float32), ("none", torch.float16)])
+@pytest.mark.parametrize("outside", ["none", "cpu", "disk"])
+def test_what_is_not_quantized_of_the_trained_base_has_the_type_of_the_load(
+    folders: dict[str, Path], embed_quant: str, dtype: torch.dtype, outside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"embed_quant": embed_quant, "dtype": dtype, "trained_in": torch.bfloat16}
+    expected = load(folders["qwen2"], cache=False, **settings)  # with biases
+    load(folders["qwen2"], embed_quant=embed_quant, dtype=torch.bfloat16)
+    call_it_made_on_cuda(folders["qwen2"], "nf4", embed_quant)
+    forbid_quantizing(monkeypatch, "nf4")
+    found = load(folders["qwen2"], trained_on="cuda", outside=outside, **settings)
+    assert bits(found) == bits(expected)
+    if outside == "none":
+        assert torch.equal(logits(found), logits(expected))
+
+
+def test_a_base_narrower_than_that_of_the_training_has_its_codes(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = load(folders["qwen2"], "int8", dtype=torch.float32)
+    forbid_quantizing(monkeypatch, "int8")
+    found = load(folders["qwen2"], "int8", dtype=torch.bfloat16, trained_in=torch.float32, trained_on="cpu")
+    assert found.get_parameter("model.norm.weight").dtype == torch.bfloat16
+    assert found.get_buffer("model.layers.1.self_attn.q_proj.bias").dtype == torch.bfloat16
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(tensor, wide.state_dict()[name].to(tensor.dtype)), name
+
+
+def test_without_the_base_of_the_training_the_load_is_as_if_there_had_never_been_one(folders: dict[str, Path]) -> None:
+    settings: dict[str, Any] = {"trained_in": torch.bfloat16, "trained_on": "cuda"}
+    found = load(folders["llama"], **settings)
+    assert bits(found) == bits(load(folders["llama"], cache=False, trained_in=torch.bfloat16))
+    assert the_entry().manifest["origin"]["types"] == ["bfloat16", "float32"]
+    assert the_entry().manifest["origin"]["device"] == "cpu"
+
+
+def test_a_damaged_base_of_the_training_is_named_and_left_to_the_next_training(folders: dict[str, Path]) -> None:
+    load(folders["llama"], dtype=torch.bfloat16)
+    entry, lines = call_it_made_on_cuda(folders["llama"], "nf4"), list[str]()
+    cut(entry)
+    settings: dict[str, Any] = {"trained_in": torch.bfloat16, "trained_on": "cuda"}
+    found = load(folders["llama"], cache="auto", lines=lines, **settings)
+    assert bits(found) == bits(load(folders["llama"], cache=False, **settings))
+    assert len(lines) == 1
+    assert lines[0].startswith(f"note: the base of the training, kept in {entry.folder}, is not used: ")
+    assert "should have" in lines[0]
+    assert entry.folder.is_dir()
+
+
+def test_the_base_of_the_training_is_not_used_where_the_recipe_asks_for_none(folders: dict[str, Path]) -> None:
+    load(folders["llama"], dtype=torch.bfloat16)
+    call_it_made_on_cuda(folders["llama"], "nf4")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QuantizedBase, "fill", no_weights)
+        load(folders["llama"], cache=False, trained_in=torch.bfloat16, trained_on="cuda")
+
+
+@pytest.mark.parametrize(
+    ("manifest", "kind"),
+    [
+        ({"device_type": "cuda", "device": "NVIDIA H100, 79 GiB"}, "cuda"),
+        ({"device": "NVIDIA H100, 79 GiB"}, "cuda"),  # as runs had it before there was a device_type
+        ({"device": "CPU, 16 threads"}, "cpu"),
+        ({"status": "imported"}, None),
+        ({"device_type": "tpu"}, None),
+    ],
+)
+def test_a_run_knows_the_kind_of_device_it_was_trained_on(manifest: dict[str, Any], kind: str | None) -> None:
+    content = {"model": {"language": "x"}, "adapter": None, "data": {"train": None}}
+    assert Run(Path("run"), make_recipe(content), manifest).trained_on() == kind
 
 
 # -- the key ---------------------------------------------------------------------------------------------------------

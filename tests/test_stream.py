@@ -380,9 +380,13 @@ def test_on_a_gpu_streamed_layers_give_the_gradients_of_resident_ones(
     expected = gradients(resident, EagerEngine(resident, SCALER))
     for offload in (False, True):
         streamed.offload = HostTensors(CUDA) if offload else None
-        recorded = LayerwiseEngine(streamed, SCALER, RecordedLayers(streamed, CAPACITY), 0)
-        for engine in (EagerEngine(streamed, SCALER), layerwise(streamed), recorded, recorded):
+        for engine in (EagerEngine(streamed, SCALER), layerwise(streamed)):
             assert_near(expected, gradients(streamed, engine))
+        # in bf16 this model's gradients depend more on the form of a micro-batch than on anything else
+        packed = gradients(streamed, LayerwiseEngine(streamed, SCALER, Packed(streamed), 0))
+        recorded = LayerwiseEngine(streamed, SCALER, RecordedLayers(streamed, CAPACITY), 0)
+        for _ in range(2):
+            assert_near(packed, gradients(streamed, recorded))
 
 
 @pytest.mark.gpu

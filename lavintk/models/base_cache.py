@@ -140,22 +140,31 @@ def load_base(
     wanted: Wanted | None,
     setting: Setting,
     *,
+    trained: Wanted | None = None,
     may_keep: bool = True,
     say: Callable[[str], None] | None = None,
 ) -> nn.Module:
     """Return the language model from a kept base where there is one, else as ``load`` makes it, and perhaps keep that.
 
-    What goes wrong with the kept one is told and does not stop the work.
+    What goes wrong with a kept one is told and does not stop the work.
 
-    :param wanted: None: no kept base is looked for or made.
+    :param wanted: None: no other base than ``trained`` is looked for, and none is made.
     :param setting: of the recipe: ``model.cache``.
+    :param trained: the base that the model was trained on. It is preferred where it is kept: its codes are the trained
+        ones, which another kind of device need not find again.
     :param may_keep: False for a model that does not hold its layers.
     :param say: takes lines for the terminal; None: they go to the log.
     :raises LavintkError: what ``load`` raises without a kept base.
     """
+    note, tell = (say, say) if say is not None else (log.warning, log.info)
+    another = trained is not None and (wanted is None or trained.key != wanted.key)
+    if trained is not None and another and trained.folder.exists():
+        try:
+            return load(kept=opened(trained))
+        except CheckpointError as error:  # it stays: only a training on the same kind of device can make it anew
+            note(f"note: the base of the training, kept in {trained.folder}, is not used: {error.faults[0]}")
     if wanted is None:
         return load()
-    note, tell = (say, say) if say is not None else (log.warning, log.info)
     was_there = wanted.folder.exists()
     if was_there:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -64,6 +65,7 @@ def build(
     progress: Progress | None = None,
     check_base: Callable[[Mapping[str, Mapping[str, str]]], None] | None = None,
     trained_in: torch.dtype | None = None,
+    trained_on: str | None = None,
     stream: bool = False,
     say: Callable[[str], None] | None = None,
     outside: Literal["none", "cpu", "disk"] = "none",
@@ -73,6 +75,8 @@ def build(
     :param check_base: called with the fingerprints by role before any weights are read; what it raises ends the work.
     :param trained_in: the compute type of a training that took place already; see
         :func:`~lavintk.models.language.load_language_model`, as for ``stream``.
+    :param trained_on: the kind of device of that training, ``"cpu"`` or ``"cuda"``: a quantized base that it kept is
+        preferred to all others.
     :param say: takes a line on a base that was kept on disk, and notes; None: they go to the log.
     :param outside: where the language model's layers wait for their turn on the device; none: on it.
     :raises LavintkError: weights, tokenizer or options do not fit; nothing is left on the device.
@@ -100,13 +104,16 @@ def build(
                 outside=None if outside == "none" else LayersOutside(device, outside),  # what a failure filled is lost
             )  # fmt: skip
 
-        wanted = None
-        if recipe.model.cache is not False and not (stream and device.type != "cpu"):  # which quantizes on both
-            wanted = wanted_base(
-                sources["language"], base["language"]["sha256"], plugins, recipe.quant, recipe.embed_quant,
-                [trained_in or dtype, dtype], device,
-            )  # fmt: skip
-        language: Any = load_base(load, wanted, recipe.model.cache, may_keep=not stream, say=say)
+        wanted, trained = None, None
+        if recipe.model.cache is not False:
+            described = partial(
+                wanted_base, sources["language"], base["language"]["sha256"], plugins, recipe.quant, recipe.embed_quant
+            )
+            if trained_in is not None and trained_on is not None:
+                trained = described([trained_in], torch.device(trained_on))
+            if not (stream and device.type != "cpu"):  # which quantizes on both
+                wanted = described([trained_in or dtype, dtype], device)
+        language: Any = load_base(load, wanted, recipe.model.cache, trained=trained, may_keep=not stream, say=say)
         tower, connector = None, None
         if "vision" in sources:
             vision = load_vision_model(

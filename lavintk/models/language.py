@@ -68,7 +68,8 @@ def load_language_model(
     :param stream: linear layers are read and quantized whenever they are asked for, instead of being held.
     :param readers: threads that read; None means as many as suit the device.
     :param embed_quantizer: stores embedding and head in blocks of rows, see :mod:`lavintk.models.vocabulary`.
-    :param kept: what these arguments made once: values come from there, and no weight of ``source`` is read.
+    :param kept: what these arguments made once, ``dtype`` and ``device`` perhaps aside: values come from there, what is
+        not quantized is cast to ``dtype``, and no weight of ``source`` is read.
     :param outside: takes the linear layers' storage off the device, a decoder layer at a time; the model's attribute
         ``layer_stream`` brings it back.
     :raises ModelError: not a Llama-like decoder, or its embedding or head cannot be stored so.
@@ -82,8 +83,8 @@ def load_language_model(
         if outside is not None:
             outside.stored = kept.layer_bytes
         kept.fill(
-            model, quantizer, embed_quantizer, device=device, progress=progress, stream=stream, readers=readers,
-            place=None if outside is None else outside.place,
+            model, quantizer, embed_quantizer, device=device, dtype=dtype, progress=progress, stream=stream,
+            readers=readers, place=None if outside is None else outside.place,
         )  # fmt: skip
     else:
         fill(

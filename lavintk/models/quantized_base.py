@@ -141,6 +141,7 @@ class QuantizedBase:
         embed_quantizer: Quantizer | None = None,
         *,
         device: torch.device,
+        dtype: torch.dtype,
         progress: Progress | None = None,
         place: Place | None = None,
         stream: bool = False,
@@ -153,6 +154,8 @@ class QuantizedBase:
 
         :param model: on the meta device; linear layers in the stack, which ``quantizer`` stores, are plain ones, frozen
             layers elsewhere are ``embed_quantizer``'s.
+        :param dtype: of what is not quantized, biases of frozen layers among it: it is cast where it was stored in
+            another type, while what quantizers made stays as it is.
         :param place: takes the frozen layers of the stack, with buffers on ``device``; None puts them into ``model``.
         :param stream: put :class:`~lavintk.models.language.StreamedLinear` there, which reads when it is asked.
         :param readers: threads that read; None means as many as suit the device.
@@ -163,11 +166,13 @@ class QuantizedBase:
         self._check(model, owners, make)
         put, names = model.set_submodule, list(self.tensors())
         if stream:
-            self._stream(model, owners, make)
+            self._stream(model, owners, make, dtype)
             names = [name for name in names if not owners[name].startswith(LANGUAGE_STACK)]
         left, waiting = Counter(owners[name] for name in names), dict[str, dict[str, Tensor]]()
         for name, tensor in self._read_all(names, device, progress, readers):
             owner = owners[name]
+            if not owner or name == f"{owner}.bias":
+                tensor = tensor.to(dtype)
             if not owner:
                 module, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
@@ -215,8 +220,13 @@ class QuantizedBase:
         if faults:
             raise CheckpointError(str(self.folder), faults)
 
-    def _stream(self, model: nn.Module, owners: Mapping[str, str], make: Mapping[str, Make]) -> None:
-        """Put a layer in the place of each of the stack that reads its storage when it is asked."""
+    def _stream(
+        self, model: nn.Module, owners: Mapping[str, str], make: Mapping[str, Make], dtype: torch.dtype
+    ) -> None:
+        """Put a layer in the place of each of the stack that reads its storage when it is asked.
+
+        :param dtype: of biases.
+        """
         recent, cpu, names = RecentLayers(), torch.device("cpu"), dict[str, list[str]]()
         for name, owner in owners.items():
             names.setdefault(owner, []).append(name)
@@ -224,11 +234,11 @@ class QuantizedBase:
             if not owner.startswith(LANGUAGE_STACK):
                 continue
             shape = made(torch.device("meta"))
-            bias = self.read(f"{owner}.bias") if shape.bias is not None else None
+            bias = self.read(f"{owner}.bias").to(dtype) if shape.bias is not None else None
 
-            def read(owner: str = owner, made: Make = made) -> FrozenLinear:
+            def read(owner: str = owner, made: Make = made, bias: Tensor | None = bias) -> FrozenLinear:
                 state = {name.removeprefix(f"{owner}."): self.read(name) for name in names[owner]}
-                return self._restored(owner, made, cpu, state)
+                return self._restored(owner, made, cpu, state if bias is None else {**state, "bias": bias})
 
             model.set_submodule(owner, StreamedLinear(shape.out_features, shape.in_features, bias, read, recent))
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lavintk.layers import FrozenLinear
 from lavintk.models.host_memory import SideStream, host_memory
-from lavintk.models.sources import StoredTensor
+from lavintk.models.sources import DTYPES, StoredTensor
 
 SLOTS = 2
 """Decoder layers that have room on the device: one computes, the next comes."""
@@ -116,11 +116,14 @@ class LayersOutside:
             return None
         start = min(tensor.begin for tensor in tensors)
         end = max(tensor.begin + tensor.nbytes for tensor in tensors)
-        places = {tensor.name: tensor.begin - start for tensor in tensors}
+        stored = {tensor.name: tensor for tensor in tensors}
         pieces = []
         for name, module, leaf, tensor in _buffers(layers):
-            offset = places.get(f"{name}.{leaf}")
-            if offset is None or offset % tensor.dtype.itemsize or start % mmap.ALLOCATIONGRANULARITY:
+            found = stored.get(f"{name}.{leaf}")
+            if found is None or getattr(torch, DTYPES[found.dtype]) != tensor.dtype:  # which was cast
+                return None
+            offset = found.begin - start
+            if offset % tensor.dtype.itemsize or start % mmap.ALLOCATIONGRANULARITY:
                 return None
             pieces.append(Piece(module, leaf, tensor.dtype, tuple(tensor.shape), offset))
         with tensors[0].file.open("rb") as file:
