@@ -1,6 +1,7 @@
 """How long exporting a large model takes, and how much host memory.
 
     python benchmarks/export.py --geometry 7b --folder checkpoint-7b --quant int4
+    python benchmarks/export.py --geometry 7b --folder checkpoint-7b --quant int4 --device cuda
     python benchmarks/export.py --geometry 7b --folder checkpoint-7b --quant int4 --cold
     python benchmarks/export.py --geometry tiny --folder checkpoint-tiny     (for trying the command)
 
@@ -45,8 +46,8 @@ from lavintk.recipe import Recipe, make_recipe
 from lavintk.registry import Choice
 from lavintk.run import Run
 
-DEVICE, PRECISION = torch.device("cpu"), torch.bfloat16
-"""Where the run would have been trained, and its compute type."""
+PRECISION = torch.bfloat16
+"""Compute type of the training."""
 HEARTBEAT = 30.0
 """Seconds between the lines that say how far an export is."""
 
@@ -133,17 +134,18 @@ def write_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def keep_base(recipe: Recipe) -> None:
-    """Quantize the base of ``recipe`` and keep it where loading finds it."""
+def keep_base(recipe: Recipe, device: torch.device) -> None:
+    """Quantize the base of ``recipe`` on ``device`` and keep it where loading finds it."""
     made = make_base(
-        recipe.model.language, installed_plugins(), recipe.quant, recipe.embed_quant, device=DEVICE, dtype=PRECISION
+        recipe.model.language, installed_plugins(), recipe.quant, recipe.embed_quant, device=device, dtype=PRECISION
     )
     report(made.seconds, f"making the run: quantizing the base and keeping it, {gigabytes(made.kept.nbytes)}")
 
 
-def make_run(checkpoint: Path, quant: str, folder: Path, cold: bool) -> TimedRun:
+def make_run(checkpoint: Path, quant: str, folder: Path, device: torch.device, cold: bool) -> TimedRun:
     """Return a run with a random adapter over ``checkpoint``.
 
+    :param device: where it would have been trained.
     :param cold: its base is not kept.
     """
     recipe = make_recipe(
@@ -156,16 +158,16 @@ def make_run(checkpoint: Path, quant: str, folder: Path, cold: bool) -> TimedRun
         }
     )
     if not cold:
-        keep_base(recipe)
+        keep_base(recipe, device)
     with phase("making the run: attaching a random adapter and writing it"):
-        assembly = build(recipe, installed_plugins(), DEVICE, PRECISION, stream=True)
+        assembly = build(recipe, installed_plugins(), torch.device("cpu"), PRECISION, stream=True)
         assert assembly.model.adapter is not None
         for _, parameter in assembly.model.adapter.named_parameters():
             torch.nn.init.normal_(parameter, std=0.01)
         run = TimedRun.create(folder, recipe)
         save_model(folder, assembly.model, assembly.base["language"]["source"])
         run.record(
-            status="finished", device_type=DEVICE.type, precision=str(PRECISION).removeprefix("torch."),
+            status="finished", device_type=device.type, precision=str(PRECISION).removeprefix("torch."),
             base=assembly.base,
         )  # fmt: skip
     assert isinstance(run, TimedRun)
@@ -199,6 +201,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--quant", default="int4", help="grid that the base is trained on")
     parser.add_argument("--export", default="onnx", help="format with options")
+    parser.add_argument("--device", default="cpu", help="where the run was trained; the export takes place on the CPU")
     parser.add_argument("--cold", action="store_true", help="no base is kept: all is read and quantized again")
     arguments = parser.parse_args()
     folder: Path = arguments.folder
@@ -210,7 +213,7 @@ def main() -> None:
         with phase("writing a random checkpoint"):
             write_checkpoint(arguments.geometry, folder)
     write_tokenizer(folder)
-    run = make_run(folder, arguments.quant, made, arguments.cold)
+    run = make_run(folder, arguments.quant, made, torch.device(arguments.device), arguments.cold)
     for read in (folder, *(kept.folder for kept in kept_bases())):
         forget_cached(read)
     figures = measure(run, Choice.parse(arguments.export), out)

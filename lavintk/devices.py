@@ -39,7 +39,8 @@ def grow_segments() -> None:
     # on Windows torch has no such segments; below WSL drivers older than R615 fail in them (pytorch issue 192330)
     trusted = sys.platform == "linux" and "microsoft" not in platform.release().lower()
     if trusted and not any(name in os.environ for name in ALLOCATOR_SETTINGS):
-        os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
+        # torch reads those variables when it is imported, and has no public way to tell it later
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
 
 def _named_device(name: str) -> torch.device:

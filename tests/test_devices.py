@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
 
 import pytest
@@ -13,57 +14,55 @@ from lavintk.devices import ALLOCATOR_SETTINGS, pick_device
 
 
 @pytest.fixture
-def unsettled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in ALLOCATOR_SETTINGS})
+def settled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What torch's allocator is told, on a Linux machine that seems to have a CUDA device."""
+    told: list[str] = []
+    for name in ALLOCATOR_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", told.append)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(platform, "release", lambda: "6.8.0-generic")
-
-
-def settled() -> dict[str, str]:
-    return {name: os.environ[name] for name in ALLOCATOR_SETTINGS if name in os.environ}
+    return told
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
-@pytest.mark.usefixtures("unsettled")
-def test_a_cuda_device_gets_segments_that_grow(name: str) -> None:
+def test_a_cuda_device_gets_segments_that_grow(name: str, settled: list[str]) -> None:
     assert pick_device(name).type == "cuda"
-    assert settled() == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert settled == ["expandable_segments:True"]
 
 
 @pytest.mark.parametrize("variable", ALLOCATOR_SETTINGS)
-@pytest.mark.usefixtures("unsettled")
-def test_what_the_user_settled_stays(variable: str) -> None:
-    os.environ[variable] = "backend:cudaMallocAsync"
+def test_what_the_user_settled_stays(variable: str, settled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "backend:cudaMallocAsync")
     pick_device("cuda")
-    assert settled() == {variable: "backend:cudaMallocAsync"}
+    assert not settled
 
 
 @pytest.mark.parametrize(
     ("system", "release"), [("win32", "10"), ("linux", "6.18.33.2-microsoft-standard-WSL2"), ("darwin", "24")]
 )
-@pytest.mark.usefixtures("unsettled")
 def test_where_a_driver_may_fail_the_allocator_is_left_as_it_is(
-    system: str, release: str, monkeypatch: pytest.MonkeyPatch
+    system: str, release: str, settled: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(platform, "release", lambda: release)
     pick_device("cuda")
-    assert settled() == {}
+    assert not settled
 
 
-@pytest.mark.usefixtures("unsettled")
-def test_a_cpu_leaves_the_allocator_alone() -> None:
+def test_a_cpu_leaves_the_allocator_alone(settled: list[str]) -> None:
     pick_device("cpu")
-    assert settled() == {}
+    assert not settled
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_allocator_has_taken_the_setting_over() -> None:
-    pick_device("cuda")
-    if os.environ.get("PYTORCH_ALLOC_CONF") != "expandable_segments:True":
-        pytest.skip("the allocator was settled by someone else")
-    torch.ones(1, device="cuda")
-    settings = torch.cuda.memory._snapshot()["allocator_settings"]
-    assert settings["expandable_segments"]
+def test_on_a_gpu_the_allocator_takes_the_setting_over() -> None:
+    code = (
+        "import torch; from lavintk.devices import pick_device; pick_device('cuda'); torch.ones(1, device='cuda'); "
+        "print(torch.cuda.memory._snapshot()['allocator_settings']['expandable_segments'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ALLOCATOR_SETTINGS}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.split()[-1] == "True", done.stderr

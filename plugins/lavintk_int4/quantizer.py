@@ -14,12 +14,14 @@ from lavintk.threads import each, slices
 from lavintk_int4.calibrated import checked_moment, output_error, round_with_feedback
 from lavintk_int4.search import Search, column_importance, quantize_blocks
 
-PIECES = {"cpu": 1 << 18, "cuda": 1 << 24}
+PIECES = {"cpu": 1 << 20, "cuda": 1 << 24}
 """Weights quantized at once: on a CPU by one thread, a GPU wants more work at a time. Sums over the last few blocks of
 a piece are added up in another order, so other sizes change some scales in their last bit."""
-TILES = {"cpu": 1 << 12, "cuda": 1 << 20}
-"""Blocks of a piece searched at once: on a CPU intermediate results stay in the cache of a core. Multiples of 64, which
-torch adds up alike wherever they lie."""
+TILES = {"cpu": 1 << 13, "cpu with many threads": 1 << 15, "cuda": 1 << 20}
+"""Blocks of a piece searched at once, multiples of 64, which torch adds up alike wherever they lie. On a CPU, the
+intermediate results of few threads stay in the caches of their cores. Many threads would wait for Python's lock most of
+the time: with 2^12 blocks 16 threads are no faster than one, with 2^15 six times."""
+MANY_THREADS = 8
 UNPACKED_PIECE = 1 << 18
 """Weights dequantized at once on a CPU."""
 
@@ -47,9 +49,10 @@ class Int4Quantizer:
         layer = self.empty(weight.shape[0], weight.shape[1], False, weight.device)
         layer.bias = None if bias is None else bias.detach()
         importance = column_importance(weight) if self.search == "balanced" else None
+        tile = _tile(weight.device)
 
         def fill(rows: slice) -> None:
-            self._fill(layer, rows, weight[rows], importance)
+            self._fill(layer, rows, weight[rows], importance, tile)
 
         pieces = slices(weight.shape[0], max(1, PIECES[weight.device.type] // weight.shape[1]))
         if weight.device.type == "cpu":
@@ -94,14 +97,14 @@ class Int4Quantizer:
             torch.empty(out_features, dtype=torch.float32, device=device) if bias else None,
         )
 
-    def _fill(self, layer: Int4Linear, rows: slice, weight: Tensor, importance: Tensor | None) -> None:
+    def _fill(self, layer: Int4Linear, rows: slice, weight: Tensor, importance: Tensor | None, tile: int) -> None:
         count, blocks, half = layer.codes[rows].shape
         if importance is not None:
             importance = self._in_columns(importance.unsqueeze(0)).repeat(1, count)
         columns = self._in_columns(weight.float())
         found = [
-            quantize_blocks(columns[:, tile], self.search, None if importance is None else importance[:, tile])
-            for tile in slices(columns.shape[1], TILES[weight.device.type])
+            quantize_blocks(columns[:, part], self.search, None if importance is None else importance[:, part])
+            for part in slices(columns.shape[1], tile)
         ]
         codes, scales, zero_points = (torch.cat(parts, dim=-1) for parts in zip(*found))
         layer.codes[rows] = (codes[0::2] | codes[1::2] << 4).t().reshape(count, blocks, half)
@@ -115,6 +118,12 @@ class Int4Quantizer:
     def _filled_up(self, rows: Tensor) -> Tensor:
         """Return ``[rows, in]`` with as many zeros behind each row as its last block lacks."""
         return F.pad(rows, (0, -rows.shape[1] % self.block_size))
+
+
+def _tile(device: torch.device) -> int:
+    """Return how many blocks are searched at once; to be asked before threads share the work."""
+    many = device.type == "cpu" and torch.get_num_threads() >= MANY_THREADS
+    return TILES["cpu with many threads" if many else device.type]
 
 
 def _paired(zero_points: Tensor) -> Tensor:
