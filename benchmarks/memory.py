@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py --case 7b:lora --case 7b:mma --case 13b:lora --json memory.json --plot memory.png
     python benchmarks/memory.py --case 65b:lora:stream=cpu,accumulate=32 --embed-quant nf4 --cap 8GB
+    python benchmarks/memory.py --case 13b:mma:fit=8GB --case 65b:lora:fit=6GB,accumulate=32
     python benchmarks/memory.py --case tiny:lora --device cpu
     python benchmarks/memory.py --from memory.json --plot memory.png
 
@@ -13,7 +14,8 @@ each row and paged AdamW.
 
 Allocated and reserved are torch's peaks in the steps, device is what is in use at the end, context included, and host
 is the process's resident memory, pinned memory included. ``--cap 8GB`` shows that a case fits into a card of that size:
-the allocator gets what the context leaves of it, and nothing more. On a CPU only resident memory is measured.
+the allocator gets what the context leaves of it, and nothing more. ``fit=8GB`` in a case is the same after the changes
+that ``lavintk train --fit 8GB`` makes. On a CPU only resident memory is measured.
 """
 
 from __future__ import annotations
@@ -73,6 +75,7 @@ class Case:
 
     :param changes: of the recipe. :param rows: of a micro-batch, with :param length: tokens each.
     :param cap: bytes of device memory that may be used in all; 0 for no limit.
+    :param fit: change the recipe so that it keeps to the cap.
     """
 
     text: str
@@ -84,14 +87,26 @@ class Case:
     steps: int = 3
     cap: int = 0
     device: str = "cuda"
+    fit: bool = False
 
-    def recipe(self) -> Recipe:
-        """Return the recipe that the case stands for."""
+    def recipe(self) -> tuple[Recipe, dict[str, Any]]:
+        """Return the recipe that the case stands for, and what was changed to make it fit.
+
+        :raises RecipeError: a setting is wrong, or nothing makes it fit.
+        """
+        from lavintk.fitting import fit
+        from lavintk.plugins import installed_plugins
+
+        plugins = installed_plugins()
         changes = {
             "quant": "nf4", "optim": OPTIMIZERS[self.adapter], **self.changes,
             "train.batch_size": self.rows, "data.max_length": self.length,
         }  # fmt: skip
-        return make_recipe_of(self.geometry, self.adapter, changes)
+        recipe = make_recipe_of(self.geometry, self.adapter, changes)
+        if not self.fit:
+            return recipe, {}
+        found = fit(recipe, plugins, self.cap, model=outline_of(recipe, plugins))
+        return found.recipe, found.changes
 
 
 def parse_case(text: str, options: argparse.Namespace) -> Case:
@@ -99,19 +114,25 @@ def parse_case(text: str, options: argparse.Namespace) -> Case:
 
     :raises ValueError: it is no case.
     """
+    from lavintk.fitting import parse_size
+
     geometry, adapter, *rest = text.split(":", 2)
     if geometry not in GEOMETRIES or adapter not in ADAPTERS:
         raise ValueError(f"{text!r}: geometries are {', '.join(GEOMETRIES)}; adapters are {', '.join(ADAPTERS)}")
     given = {"rows": options.rows, "length": options.length, "accumulate": options.accumulate}
-    given |= {"embed_quant": options.embed_quant, "quant": options.quant}
+    given |= {"embed_quant": options.embed_quant, "quant": options.quant, "cap": options.cap, "fit": ""}
     for pair in filter(None, "".join(rest).split(",")):
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"{text!r}: {pair!r} is not KEY=VALUE")
         given[key] = yaml.safe_load(value)
     rows, length = int(given.pop("rows")), int(given.pop("length"))
+    cap, fit = (parse_size(given[key], key) if given.get(key) else 0 for key in ("cap", "fit"))
+    del given["cap"], given["fit"]
     changes = {key if key in MAIN_KEYS or "." in key else f"train.{key}": value for key, value in given.items()}
-    return Case(text, geometry, adapter, changes, rows, length, options.steps, options.cap, options.device)
+    return Case(
+        text, geometry, adapter, changes, rows, length, options.steps, fit or cap, options.device, fit=bool(fit)
+    )
 
 
 # -- a case, in a process of its own -----------------------------------------------------------------------------------
@@ -127,9 +148,9 @@ def work(case: Case) -> None:
     from lavintk.plugins import installed_plugins
 
     grow_segments()
-    recipe, plugins = case.recipe(), installed_plugins()
+    (recipe, changes), plugins = case.recipe(), installed_plugins()
     foretold = plan_of(outline_of(recipe, plugins), recipe, plugins)
-    predicted = prediction(foretold)
+    predicted = prediction(foretold) | {"changes": changes}
     try:
         tell({**measure(case, recipe, torch.device(case.device)), **predicted})
     except (torch.OutOfMemoryError, OutOfMemoryError) as error:
@@ -249,6 +270,11 @@ def table(results: Sequence[Result]) -> str:
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
     notes = [f"not measured: {result['case']}: {result['error']}" for result in results if "error" in result]
     notes += [
+        f"{result['case']}: {', '.join(f'{key}={value}' for key, value in result['changes'].items())}"
+        for result in results
+        if result.get("changes")
+    ]
+    notes += [
         f"{result['case']}: device memory in all {'is within' if result['within_cap'] else 'EXCEEDS'} the cap"
         for result in results
         if "within_cap" in result
@@ -259,7 +285,6 @@ def table(results: Sequence[Result]) -> str:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     from lavintk.errors import LavintkError
-    from lavintk.fitting import parse_size
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", metavar="GEOMETRY:ADAPTER[:KEY=VALUE,...]")
@@ -282,7 +307,6 @@ def parse_arguments() -> argparse.Namespace:
 
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        arguments.cap = parse_size(arguments.cap, "--cap") if arguments.cap else 0
         cases = arguments.case or ["7b:lora", "7b:mma", "13b:lora", "13b:mma"]
         arguments.cases = [parse_case(text, arguments) for text in cases]
         for case in arguments.cases:

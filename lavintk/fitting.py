@@ -20,7 +20,7 @@ import torch
 from lavintk.data.pack import GRAIN, round_up
 from lavintk.errors import LavintkError, RecipeError
 from lavintk.models.multimodal import MultimodalModel
-from lavintk.plan import CONTEXT, GIB, Plan, engine_of, micro_batch_tokens, outline_of, plan_of
+from lavintk.plan import CONTEXT, GIB, Plan, micro_batch_tokens, outline_of, plan_of
 from lavintk.plugins import Plugins
 from lavintk.recipe import Recipe, make_recipe
 
@@ -79,14 +79,23 @@ class Fit:
         return {key: value for step in self.steps for key, value in step.changes.items()}
 
 
-def fit(recipe: Recipe, plugins: Plugins, limit: int, host: int | None = None, *, same_base: bool = False) -> Fit:
+def fit(
+    recipe: Recipe,
+    plugins: Plugins,
+    limit: int,
+    host: int | None = None,
+    *,
+    same_base: bool = False,
+    model: MultimodalModel | None = None,
+) -> Fit:
     """Return ``recipe`` with as few changes as make it fit into ``limit`` bytes of device memory in all.
 
     :param host: bytes of host memory for what waits there; None for no limit.
     :param same_base: take no measure that alters what the frozen base computes.
+    :param model: the recipe's outline, if there is one.
     :raises RecipeError: nothing suffices; says how much is lacking and what takes most.
     """
-    search = _Search(outline_of(recipe, plugins), recipe, plugins, limit, host)
+    search = _Search(outline_of(recipe, plugins) if model is None else model, recipe, plugins, limit, host)
     taken: list[tuple[Measure, int]] = []
     if search.fits(taken):
         return search.result(taken)
@@ -112,8 +121,6 @@ def _measures(model: MultimodalModel, recipe: Recipe, plugins: Plugins) -> Itera
     if sizes := tuple(_smaller_packs(recipe)):
         changes = tuple({"train.pack": True, "train.pack_tokens": tokens} for tokens in sizes)
         yield Measure(changes, "smaller micro-batches of the same rows per step: weights are unpacked more often")
-    if engine_of(recipe) == "graph":
-        yield Measure(({"train.engine": "eager"},), "no CUDA graph and its pool: a fast card waits for launches")
     if (quant := _few_bits(model, recipe, plugins)) is not None:
         what = f"stored as {recipe.quant} too, so the frozen base computes slightly other numbers"
         if recipe.model.vision is not None and recipe.vision_quant.name == "none":

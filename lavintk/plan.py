@@ -32,8 +32,10 @@ from lavintk.recipe import Recipe
 GIB = 2**30
 CONTEXT = round(0.92 * GIB)
 """Device memory of the CUDA context and its libraries on an H100; smaller cards need less."""
-RESERVED = {"graph": 0.11, "eager": 0.04, "layerwise": 0.04}
-"""What the allocator holds beyond the peak, as a share of it; graphs have a pool of their own."""
+WORKSPACES = 64 << 20
+"""What the library of matrix products takes, on each of two streams 32 MiB on an H100; on smaller cards it is less."""
+AT_WORK, UNPACKED = "a layer at work", "an unpacked weight"
+"""Names of two items."""
 INPUTS_ON_DEVICE = LEAVING + 1
 """Layer inputs that are on the device at a time where they wait on the host."""
 PAGED_FROM = 100_000
@@ -48,7 +50,7 @@ OTHER_PER_LAYER, OTHER_BYTES = 0.25e-3, 300
 """The rest of a step: seconds per layer, and bytes moved per hidden value of a token and layer."""
 DISK = 2.5e9
 """Bytes per second that a solid-state disk delivers; what the system still has in memory comes faster."""
-PCIE_3, PCIE_4, PCIE_5 = 12e9, 22e9, 45e9
+PCIE_3, PCIE_4, PCIE_5 = 12e9, 22e9, 53e9
 """Bytes per second from pinned host memory over sixteen lanes, of 16, 32 and 63 GB/s by the standard."""
 
 
@@ -114,8 +116,12 @@ class Plan:
 
     @property
     def device(self) -> int:
-        """Device memory in use in all, context included, in bytes."""
-        return round(self.allocated * (1 + RESERVED[self.engine])) + CONTEXT
+        """Device memory in use in all, context included, in bytes.
+
+        The allocator holds what a layer works with once more: graphs have a pool of their own, and what is free in one
+        place does not always suit the next.
+        """
+        return self.allocated + self.items[AT_WORK] + self.items.get(UNPACKED, 0) + CONTEXT
 
     @property
     def on_host(self) -> int:
@@ -186,8 +192,9 @@ def plan_of(
         "layer inputs": inputs * input_of_layer,
         "the window's states or gradients": gradients * input_of_layer,
         "activations of layers that are kept": kept * (layers - recomputed),
-        "a layer at work": at_work,
-        "an unpacked weight": base.largest,
+        AT_WORK: at_work,
+        UNPACKED: base.largest,
+        "workspaces of matrix products": WORKSPACES,
         "logits of a chunk": max(0, _loss(tokens, hidden, ends) - at_work - base.largest),
         "images at work": _images(model, recipe, tokens),
     }

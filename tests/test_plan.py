@@ -26,21 +26,37 @@ from lavintk.testing import Outcome
 from lavintk.testing.runs import multimodal
 
 RunCli = Callable[..., Outcome]
-WIDTHS = {"7b": (4096, 11008, 32), "13b": (5120, 13824, 40), "65b": (8192, 22016, 80)}
+WIDTHS = {"7b": (4096, 11008, 32), "13b": (5120, 13824, 40), "33b": (6656, 17920, 60), "65b": (8192, 22016, 80)}
 NF4 = 4 + 8 / 64 + 32 / (64 * 256)
 """Bits per weight: codes, scales, scales of scales (QLoRA, section 3)."""
 LORA, LAVIN = "lora:r=16,alpha=32", "mma:visual=router"
+KEPT: dict[str, Any] = {"offload": False}
+"""Layer inputs stay on the device."""
+
+
+def streamed(micro_batches: int) -> dict[str, Any]:
+    return {"stream": "cpu", "accumulate": micro_batches}
+
+
 MEASURED = [
-    ("7b", LORA, "paged-8bit", 1, 512, "graph", 4.25, 5.55, 68.0),
-    ("7b", LORA, "paged-8bit", 4, 512, "graph", 4.91, 6.40, 179.2),
-    ("7b", LORA, "paged-8bit", 1, 2048, "graph", 4.97, 6.52, 191.8),
-    ("13b", LORA, "paged-8bit", 1, 512, "graph", 7.68, 9.30, 118.9),
-    ("7b", LAVIN, "paged", 12, 170, "graph", 5.30, 6.62, None),
-    ("7b", LAVIN, "paged", 1, 512, "graph", 4.66, 5.79, None),
-    ("7b", LAVIN, "paged", 1, 512, "eager", 4.61, 5.62, None),
-    ("13b", LAVIN, "paged", 1, 512, "eager", 7.89, 8.95, None),
+    ("7b", LORA, "paged-8bit", 1, 512, "graph", {}, 4.14, 5.42, 65.7),
+    ("7b", LORA, "paged-8bit", 4, 512, "graph", {}, 4.47, 5.71, 174.1),
+    ("7b", LORA, "paged-8bit", 1, 2048, "graph", {}, 4.53, 5.78, 185.9),
+    ("13b", LORA, "paged-8bit", 1, 512, "graph", {}, 7.51, 8.64, 116.8),
+    ("33b", LORA, "paged-8bit", 1, 512, "graph", {}, 17.59, None, 264.3),
+    ("65b", LORA, "paged-8bit", 1, 512, "graph", {}, 34.19, 35.90, 491.4),
+    ("7b", LAVIN, "paged", 12, 170, "graph", {}, 4.84, 6.09, None),
+    ("7b", LAVIN, "paged", 1, 512, "graph", {}, 4.46, 5.47, None),
+    ("13b", LAVIN, "paged", 1, 512, "graph", {}, 7.65, 8.77, None),
+    ("7b", LAVIN, "paged", 1, 512, "eager", KEPT, 4.61, 5.62, None),
+    ("13b", LAVIN, "paged", 1, 512, "eager", KEPT, 7.89, 8.95, None),
+    ("7b", LORA, "paged-8bit", 1, 512, "layerwise", streamed(8), 1.29, 2.43, None),
+    ("65b", LORA, "paged-8bit", 1, 512, "layerwise", streamed(2), 3.88, 5.39, 673.1),
+    ("65b", LORA, "paged-8bit", 1, 512, "layerwise", streamed(32), 4.12, 5.65, 523.7),
+    ("7b", LAVIN, "paged", 1, 512, "layerwise", streamed(1), 1.54, 2.79, None),
+    ("13b", LAVIN, "paged", 1, 512, "layerwise", streamed(1), 1.86, 3.02, None),
 ]
-"""Geometry, adapter, optimizer, rows, tokens per row, engine; allocated GiB, device GiB, milliseconds."""
+"""Geometry, adapter, optimizer, rows, tokens per row, engine, settings; allocated GiB, device GiB, milliseconds."""
 
 
 def outline(geometry: str, adapter: str) -> MultimodalModel:
@@ -77,18 +93,20 @@ def text_recipe(adapter: str, optim: str, rows: int, length: int, **train: Any) 
 
 
 @pytest.mark.parametrize(
-    ("geometry", "adapter", "optim", "rows", "length", "engine", "allocated", "device", "milliseconds"), MEASURED
+    ("geometry", "adapter", "optim", "rows", "length", "engine", "train", "allocated", "device", "milliseconds"),
+    MEASURED,
 )
 def test_what_is_foretold_is_near_what_was_measured(
-    geometry: str, adapter: str, optim: str, rows: int, length: int, engine: str,
-    allocated: float, device: float, milliseconds: float | None,
+    geometry: str, adapter: str, optim: str, rows: int, length: int, engine: str, train: dict[str, Any],
+    allocated: float, device: float | None, milliseconds: float | None,
 ) -> None:  # fmt: skip
-    recipe = text_recipe(adapter, optim, rows, length, offload=False)
+    recipe = text_recipe(adapter, optim, rows, length, **train)
     found = plan_of(outline(geometry, adapter), recipe, installed_plugins(), engine)
     assert found.allocated / GIB == pytest.approx(allocated, rel=0.04)
-    assert found.device / GIB == pytest.approx(device, rel=0.08)
+    if device is not None:
+        assert found.device / GIB == pytest.approx(device, rel=0.06)
     if milliseconds is not None:
-        assert 1e3 * found.seconds(CARDS["h100"]) == pytest.approx(milliseconds, rel=0.08)
+        assert 1e3 * found.seconds(CARDS["h100"]) == pytest.approx(milliseconds, rel=0.15)  # a small roofline
 
 
 def test_the_base_takes_the_bytes_that_the_formula_of_double_quantization_says() -> None:
