@@ -165,11 +165,12 @@ def _measured(axes: Axes, place: int, result: Mapping[str, Any], end: float) -> 
     device = result.get("device_gib")
     if "error" in result:
         text = f"{text}; {str(result['error'])[:50]}"
-    elif device is not None:
-        allocated = result["allocated_gib"]
+    elif (allocated := result.get("allocated_gib")) is not None:
         axes.plot([allocated, allocated], [place - BAR / 2, place + BAR / 2], color=INK, lw=2)
-        axes.plot([device], [place], "o", markerfacecolor="none", markeredgecolor=INK)
-        text = f"{allocated:.2f} ({text}), {device:.2f} in all"
+        text = f"{allocated:.2f} ({text})"
+        if device is not None:
+            axes.plot([device], [place], "o", markerfacecolor="none", markeredgecolor=INK)
+            text += f", {device:.2f} in all"
     behind = (max(end, device or 0), place)
     axes.annotate(text, behind, (8, 0), textcoords="offset points", va="center", color=INK, fontsize=8)
 
