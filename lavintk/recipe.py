@@ -148,7 +148,8 @@ class TrainSection(Section):
         "a layer before the next; auto: layerwise with stream, graph where that works, else eager",
     )
     pack: Literal["auto", True, False] = Field(
-        "auto", description="put the rows of a step together into full micro-batches; auto: where CUDA graphs are recorded"
+        "auto",
+        description="put the rows of a step together into full micro-batches; auto: where CUDA graphs are recorded",
     )
     pack_tokens: int | None = Field(
         None, ge=64, description="tokens of a packed micro-batch; null: room for batch_size of the longest rows"

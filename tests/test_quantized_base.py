@@ -31,6 +31,7 @@ from lavintk.testing import Outcome
 from lavintk.testing.runs import recipe, write_everything
 from lavintk.testing.tiny import write_language_model
 from lavintk.training import train
+from tests.test_import import write_delta
 
 RunCli = Callable[..., Outcome]
 CPU = torch.device("cpu")
@@ -662,6 +663,41 @@ def test_a_base_made_elsewhere_can_be_copied_into_the_cache(
     shutil.copytree(tmp_path, quantized_folder())
     monkeypatch.setattr(FileSource, "read", no_weights)
     load(folders["llama"], "int8")
+
+
+def test_a_base_with_a_delta_is_that_of_a_run_with_the_same_delta(
+    folders: dict[str, Path], tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delta = tmp_path / "delta"
+    write_delta(delta, folders["llama"])
+    expected = load(folders["llama"], "int8", cache=False, delta=str(delta))
+    outcome = run_cli("models", "quantize", str(folders["llama"]), "--quant", "int8", "--delta", str(delta))
+    assert outcome.exit_code == 0, outcome.stderr
+    assert bits(expected) != bits(load(folders["llama"], "int8", cache=False))
+    monkeypatch.setattr(FileSource, "read", no_weights)
+    assert bits(load(folders["llama"], "int8", delta=str(delta))) == bits(expected)
+
+
+def test_models_remove_deletes_the_base_that_is_meant_and_no_other(folders: dict[str, Path], run_cli: RunCli) -> None:
+    for name in ("llama", "qwen2"):
+        assert run_cli("models", "quantize", str(folders[name]), "--quant", "int8").exit_code == 0
+    first, second = sorted(kept.folder.name for kept in kept_bases())
+    (quantized_folder() / first / "manifest.json").unlink()  # a damaged one can be removed too
+    for key in ("nothing", "", "../quantized"):
+        outcome = run_cli("models", "remove", key)
+        assert outcome.exit_code == 1
+        assert first in outcome.stderr.replace("\n", "")
+    assert f"removed {first}, " in run_cli("models", "remove", first[:12]).stdout
+    assert [folder.name for folder in quantized_folder().iterdir()] == [second]
+
+
+def test_a_beginning_that_fits_two_bases_removes_none(folders: dict[str, Path], run_cli: RunCli) -> None:
+    for name in ("abc1", "abc2"):
+        (quantized_folder() / name).mkdir(parents=True)
+    outcome = run_cli("models", "remove", "abc")
+    assert outcome.exit_code == 1
+    assert "2 quantized bases begin with 'abc'" in outcome.stderr
+    assert len(list(quantized_folder().iterdir())) == 2
 
 
 def test_models_quantize_refuses_what_quantizes_nothing(folders: dict[str, Path], run_cli: RunCli) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -48,8 +49,22 @@ def pull(name: str) -> None:
     "--precision", default="auto", show_default=True, help="Compute type to round to: auto, bf16, fp16, fp32."
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--delta", help="Published difference that is added to the weights, such as Vicuna's; as model.delta.")
+@click.option(
+    "--delta-compat", type=click.Choice(["none", "lavin"]), default="none", show_default=True,
+    help="As model.delta_compat.",
+)  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help="Put it there and not into the cache, to be copied.")
-def quantize(model: str, quant: str, embed_quant: str, precision: str, device: str, out: Path | None) -> None:
+def quantize(
+    model: str,
+    quant: str,
+    embed_quant: str,
+    precision: str,
+    device: str,
+    delta: str | None,
+    delta_compat: Literal["none", "lavin"],
+    out: Path | None,
+) -> None:
     """Quantize MODEL and keep it on disk, so that training, chat and export start without doing it.
 
     MODEL is a known name, a folder, a .gguf file or a hub id. It is found again by a run with the same quantizers,
@@ -71,10 +86,25 @@ def quantize(model: str, quant: str, embed_quant: str, precision: str, device: s
     with loading_bar(Console(stderr=True), f"quantizing {model}") as progress:
         made = make_base(
             model, installed_plugins(), Choice.parse(quant), Choice.parse(embed_quant),
-            device=target, dtype=pick_precision(precision, target), out=out, progress=cast("Any", progress),
+            device=target, dtype=pick_precision(precision, target), delta=delta, delta_compat=delta_compat, out=out,
+            progress=cast("Any", progress),
         )  # fmt: skip
     how = "there already" if made.was_there else f"made in {duration(made.seconds)}"
     click.echo(f"{made.kept.folder}\n{gigabytes(made.kept.nbytes)}, {how}")
+
+
+@models.command()
+@click.argument("folders", nargs=-1, required=True, metavar="FOLDER...")
+def remove(folders: tuple[str, ...]) -> None:
+    """Delete quantized bases that are kept on disk.
+
+    FOLDER is what `lavintk models list` calls it, or how that begins. Runs quantize their base again when they need it.
+    """
+    from lavintk.models.base_cache import gigabytes, remove_kept
+
+    for folder in folders:
+        name, nbytes = remove_kept(folder)
+        click.echo(f"removed {name}, {gigabytes(nbytes)}")
 
 
 def _print_kept() -> None:
@@ -98,4 +128,9 @@ def _print_kept() -> None:
         )
     Console().print()
     Console().print(table)
-    Console().print(f"in {quantized_folder()}; folders may be deleted", soft_wrap=True, highlight=False, markup=False)
+    Console().print(
+        f"in {quantized_folder()}; `lavintk models remove FOLDER` deletes one",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )

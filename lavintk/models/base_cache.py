@@ -28,6 +28,7 @@ from lavintk.contracts import Quantizer
 from lavintk.dense import DenseQuantizer
 from lavintk.errors import CheckpointError, LavintkError, ModelError
 from lavintk.layers import FrozenLinear
+from lavintk.models.delta_source import DeltaCompat, with_delta
 from lavintk.models.language import Progress, language_config, load_language_model
 from lavintk.models.quantized_base import MANIFEST, PARTIAL, QuantizedBase, check_restorable, write_base
 from lavintk.models.sources import WeightSource, open_source
@@ -191,6 +192,8 @@ def make_base(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    delta: str | None = None,
+    delta_compat: DeltaCompat = "none",
     out: Path | None = None,
     progress: Progress | None = None,
 ) -> Made:
@@ -198,12 +201,15 @@ def make_base(
 
     Neither host nor device holds more than two of its decoder layers and what is around them.
 
+    :param delta: published difference that is added to the weights, as ``model.delta`` of a recipe.
     :param out: a folder to make the entry's folder in, instead of that of the cache.
     :raises LavintkError: the model cannot be loaded so, ``quant`` stores nothing in another form, or what it stores
         cannot be put back.
     :raises OSError: the disk does not take it.
     """
     source = open_source(reference)
+    if delta is not None:
+        source = with_delta(source, delta, delta_compat)
     language_config(source)
     wanted = wanted_base(source, source.fingerprint(), plugins, quant, embed_quant, [dtype], device)
     if wanted is None:
@@ -285,6 +291,23 @@ def kept_bases() -> list[QuantizedBase]:
             except CheckpointError:
                 continue
     return sorted(found, key=lambda kept: (str(kept.manifest.get("made")), kept.folder))
+
+
+def remove_kept(key: str) -> tuple[str, int]:
+    """Delete the kept base whose folder is called ``key`` or begins so; also one that is damaged.
+
+    :returns: the folder's name, and the bytes of its files.
+    :raises ModelError: there is none, or there are several.
+    """
+    folders = [folder for folder in sorted(quantized_folder().glob("*")) if folder.is_dir()]
+    found = [folder for folder in folders if key and folder.name.startswith(key)]
+    if len(found) != 1:
+        what = f"{len(found)} quantized bases begin with" if found else "no quantized base is called"
+        there = ", ".join(folder.name for folder in found or folders) or "none"
+        raise ModelError(f"{what} {key!r}; there are: {there}. `lavintk models list` says what they are.")
+    nbytes = sum(path.stat().st_size for path in found[0].rglob("*") if path.is_file())
+    shutil.rmtree(found[0])
+    return found[0].name, nbytes
 
 
 def describe_kept(kept: QuantizedBase) -> str:
