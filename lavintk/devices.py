@@ -16,6 +16,8 @@ from lavintk.errors import OutOfMemoryError, RecipeError
 
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Variables by which a user settles torch's allocator; the second is the first one's old name."""
+ALLOCATOR_CALLS = ("_accelerator_setAllocatorSettings", "_cuda_cudaCachingAllocator_set_allocator_settings")
+"""What torch calls the function that settles it, newer name first."""
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -40,7 +42,9 @@ def grow_segments() -> None:
     trusted = sys.platform == "linux" and "microsoft" not in platform.release().lower()
     if trusted and not any(name in os.environ for name in ALLOCATOR_SETTINGS):
         # torch reads those variables when it is imported, and has no public way to tell it later
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        settle = next((getattr(torch._C, name) for name in ALLOCATOR_CALLS if hasattr(torch._C, name)), None)
+        if settle is not None:
+            settle("expandable_segments:True")
 
 
 def _named_device(name: str) -> torch.device:

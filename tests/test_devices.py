@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from lavintk.devices import ALLOCATOR_SETTINGS, pick_device
+from lavintk.devices import ALLOCATOR_CALLS, ALLOCATOR_SETTINGS, pick_device
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", told.append)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(platform, "release", lambda: "6.8.0-generic")
     return told
@@ -50,6 +50,12 @@ def test_where_a_driver_may_fail_the_allocator_is_left_as_it_is(
     monkeypatch.setattr(platform, "release", lambda: release)
     pick_device("cuda")
     assert not settled
+
+
+def test_a_torch_that_cannot_be_told_is_left_alone(settled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ALLOCATOR_CALLS:
+        monkeypatch.delattr(torch._C, name, raising=False)
+    assert pick_device("cuda").type == "cuda"
 
 
 def test_a_cpu_leaves_the_allocator_alone(settled: list[str]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,6 +27,7 @@ from lavintk.engine import (
     choose_engine,
     layer_graphs,
 )
+from lavintk.errors import ModelError
 from lavintk.models.build import build
 from lavintk.models.host_memory import HostTensors
 from lavintk.models.multimodal import MultimodalModel, recompute
@@ -188,6 +192,51 @@ def test_layer_major_accumulation_is_ordinary_accumulation(
     expected = gradients(model, EagerEngine(model, SCALER))
     model.offload = HostTensors(CPU) if offload else None
     assert_same(expected, gradients(model, layerwise(model)))
+
+
+@pytest.mark.parametrize("adapter", [LORA, LAVIN], ids=["lora", "lavin"])
+def test_micro_batches_without_images_may_come_first(deep_folder: Path, adapter: dict[str, Any]) -> None:
+    """Nothing in front of the layers is trained by them with LoRA, but the connector is by those that follow."""
+    model = model_of(deep_folder, "none", adapter)
+    mixed = make_batch(model)
+    text = replace(
+        mixed, input_ids=mixed.input_ids[7:], labels=mixed.labels[7:], positions=mixed.positions[7:], lengths=(5,),
+        conditions=mixed.conditions[1:], pixel_values=None, visual_slots=mixed.visual_slots[:0],
+    )  # fmt: skip
+    found = []
+    for engine in (EagerEngine(model, SCALER), layerwise(model)):
+        model.zero_grad()
+        engine.backward([text, mixed, text], 22, 0)
+        found.append({name: p.grad for name, p in model.trainable().items()})
+    for name, gradient in found[0].items():
+        assert gradient is not None
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_what_a_recording_left_behind_is_not_taken_for_what_is_put_there_next() -> None:
+    inputs = HostTensors(CPU)
+    inputs.put(0, torch.ones(3))
+    inputs.fetch(0)
+    inputs.put(0, torch.full((3,), 7.0))
+    assert inputs.get(0).tolist() == [7.0] * 3
+    inputs.put(1, torch.ones(3))
+    inputs.forget()
+    inputs.fetch(1)
+    with pytest.raises(KeyError):
+        inputs.get(1)
+
+
+def test_a_disk_without_room_for_the_layers_is_an_error_that_says_so(
+    deep_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAVINTK_CACHE", str(tmp_path))
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ModelError, match=r"has no room for 0\.\d\d GB more(.|\n)*LAVINTK_CACHE"):
+        model_of(deep_folder, "nf4", LORA, outside="disk")
 
 
 class OrdinaryFromSeeds:

@@ -119,9 +119,8 @@ class _Window:
             self._draw_for(number, 0)
             with torch.enable_grad():
                 states, _ = self.model.start(rows)
-                if not states.requires_grad:
-                    return
-                torch.autograd.backward(states, gradient)
+                if states.requires_grad:  # not where a micro-batch has no images, and nothing else is trained there
+                    torch.autograd.backward(states, gradient)
 
     def _draw_for(self, number: int, place: int) -> None:
         """Let random numbers be those of a micro-batch and a place: 0 in front of the layers, 1 in the first one."""

@@ -56,11 +56,18 @@ class Recorder:
             # other threads, which bring weights from a disk, may use the device meanwhile
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 result = work()
-        except torch.cuda.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if (full := _full_device(error)) is not None:
+                raise full from None
             raise NotRecordableError(f"an operation cannot be recorded: {str(error).splitlines()[0]}") from error
         return graph.replay, result
+
+
+def _full_device(error: BaseException | None) -> torch.cuda.OutOfMemoryError | None:
+    """Return the fault of a full device that led to ``error``: ending a recording that it broke off fails as well."""
+    while error is not None and not isinstance(error, torch.cuda.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def keep_gradients(parameters: Sequence[nn.Parameter]) -> None:

@@ -99,6 +99,7 @@ class HostTensors:
         if len(self._leaving) > LEAVING:
             _, wait = self._leaving.popleft()
             wait()
+        self._coming.pop(key, None)  # what nobody took of an earlier one
         self._waiting[key] = place.view(tensor.dtype).view(tensor.shape)
 
     def fetch(self, key: Hashable) -> None:
@@ -120,6 +121,12 @@ class HostTensors:
         tensor, wait = self._coming.pop(key)
         wait()
         return tensor
+
+    def forget(self) -> None:
+        """Let go of all tensors; what was given up half-way is of no use. Memory stays for those to come."""
+        self._waiting.clear()
+        self._coming.clear()
+        self._leaving.clear()
 
     @contextmanager
     def saving(self, index: int, hidden: Tensor) -> Iterator[None]:

@@ -9,17 +9,19 @@ back. What is trained, norms, embedding and head stay on the device.
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lavintk.errors import ModelError
 from lavintk.layers import FrozenLinear
 from lavintk.models.host_memory import SideStream, host_memory
 from lavintk.models.sources import DTYPES, StoredTensor
@@ -240,10 +242,28 @@ def _copy(tensor: Tensor | None, memory: Tensor, offset: int) -> None:
 
 
 def _file_memory(nbytes: int) -> Tensor:
-    """Return memory that is a file on disk without a name, which the system may write out and read again."""
+    """Return memory that is a file on disk without a name, which the system may write out and read again.
+
+    :raises ModelError: the disk has no room for it.
+    """
     with tempfile.TemporaryFile(dir=_scratch()) as file:
-        file.truncate(max(1, nbytes))
+        _make_room(file, max(1, nbytes))
         return torch.frombuffer(mmap.mmap(file.fileno(), max(1, nbytes)), dtype=torch.uint8)[:nbytes]
+
+
+def _make_room(file: IO[bytes], nbytes: int) -> None:
+    """Let ``file`` have ``nbytes``, and the disk room for them: writing to a mapped hole would end the process."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+        else:
+            file.write(bytes(nbytes))
+            file.flush()
+    except OSError as error:
+        raise ModelError(
+            f"train.stream=disk keeps the base's layers on the disk of {_scratch()}, which has no room for "
+            f"{nbytes / 1e9:.2f} GB more: {error}. Free some, or let LAVINTK_CACHE name a folder on a larger disk."
+        ) from error
 
 
 def _scratch() -> Path:
