@@ -23,9 +23,11 @@ from lavintk.engine import (
     EagerLayers,
     Engine,
     LayerwiseEngine,
+    NotRecordableError,
     RecordedLayers,
     choose_engine,
     layer_graphs,
+    without_graphs,
 )
 from lavintk.errors import ModelError
 from lavintk.models.build import build
@@ -469,6 +471,36 @@ def test_a_graph_with_offloaded_inputs_gives_the_gradients_of_one_without(deep_f
         assert model.offload is None or model.offload.nbytes > 0
     for other in found[1:]:
         assert_near(found[0], other)
+
+
+class NotInARecording(torch.autograd.Function):
+    """Waits for the device in its backward pass, which no graph can hold."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        assert gradient.sum().item() == gradient.sum().item()
+        return gradient
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine_name", ["graph", "layerwise"])
+def test_after_a_recording_that_failed_half_way_gradients_are_those_of_a_model_that_was_never_recorded(
+    deep_folder: Path, engine_name: str
+) -> None:
+    model = model_of(deep_folder, "nf4", LORA, device=CUDA)
+    model.checkpointing, model.offload = True, HostTensors(CUDA)
+    output = model.layers[2].get_submodule("self_attn.o_proj")
+    output.register_forward_hook(lambda module, given, made: NotInARecording.apply(made))
+    expected = gradients(model, EagerEngine(model, SCALER))
+    engine, reason = choose_engine(engine_name, model, SCALER, CAPACITY)
+    assert not reason
+    with pytest.raises(NotRecordableError):
+        gradients(model, engine)
+    assert_near(expected, gradients(model, without_graphs(engine)))
 
 
 def assert_near(one: Found, other: Found) -> None:
