@@ -204,6 +204,18 @@ class SizedExporter(Protocol):
         ...
 
 
+@runtime_checkable
+class ComparedExporter(Protocol):
+    """What an :class:`Exporter` may offer besides: to say that lavintk's own runtime runs its folders.
+
+    They are compared with the model once they are written; what that takes is then asked for before the work begins.
+
+    :ivar runs_here: true.
+    """
+
+    runs_here: bool
+
+
 class DatasetFormat(Protocol):
     """Reads one record format. Made from its options, among them ``path`` where there is a file."""
 

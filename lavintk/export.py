@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lavintk.contracts import SizedExporter
+from lavintk.contracts import ComparedExporter, SizedExporter
 from lavintk.errors import RunError
 
 if TYPE_CHECKING:
@@ -69,11 +70,12 @@ def export_model(
     from lavintk.importing import import_model
     from lavintk.plugins import installed_plugins
 
-    exporter = installed_plugins().exporters.create(choice)
     check_free(out)
+    click.echo(f"loading the model folder {model} to export it as {choice.name}")
+    exporter = installed_plugins().exporters.create(choice)
     with folder_beside(out) as folder:
         run = import_model(model, folder / "run", peft=peft, data=data)
-        _export(run, exporter, out, verify, None)
+        _Export(run, exporter, choice.name, out, verify, None).write()
 
 
 def export_run(run: Run, choice: Choice, out: Path, *, verify: bool = True, data: Choice | None = None) -> None:
@@ -81,26 +83,127 @@ def export_run(run: Run, choice: Choice, out: Path, *, verify: bool = True, data
 
     :param verify: compare folders of lavintk's own runtime with the run; others are not compared.
     :param data: records to compare on; by default those of the run's recipe.
-    :raises RunError: ``out`` is in use, cannot be made or has too little room, or the folder does not behave like the
-        run.
+    :raises RunError: ``out`` is in use, cannot be made or has too little room, onnxruntime or the records to compare
+        on are missing, or the folder does not behave like the run.
     :raises LavintkError: the run cannot be expressed in the format. Nothing is left behind.
     """
     from lavintk.plugins import installed_plugins
 
-    exporter = installed_plugins().exporters.create(choice)
     check_free(out)
-    _export(run, exporter, out, verify, data)
+    click.echo(f"loading the run {run.folder} to export it as {choice.name}")
+    exporter = installed_plugins().exporters.create(choice)
+    _Export(run, exporter, choice.name, out, verify, data).write()
 
 
-def _export(run: Run, exporter: Exporter, out: Path, verify: bool, data: Choice | None) -> None:
-    with folder_beside(out) as partial:
-        _check_room(run, exporter, out, partial)
-        exporter.export(run, partial)
-        _check_or_describe(run, partial, out, verify, data)
-        if out.exists():
-            out.rmdir()  # empty, as checked
-        partial.chmod(0o755)  # mkdtemp's folders are private
-        partial.rename(out)
+class _Export:
+    """One export: the folder is written, compared or described, and gets its name.
+
+    :param kind: name of the format.
+    """
+
+    def __init__(self, run: Run, exporter: Exporter, kind: str, out: Path, verify: bool, data: Choice | None) -> None:
+        self.run, self.exporter, self.kind, self.out, self.verify, self.data = run, exporter, kind, out, verify, data
+
+    def write(self) -> None:
+        """Do all of it."""
+        self.check_comparison()
+        with folder_beside(self.out) as partial:
+            _check_room(self.run, self.exporter, self.out, partial)
+            self.exporter.export(self.run, partial)
+            self.compare_or_describe(partial)
+            if self.out.exists():
+                self.out.rmdir()  # empty, as checked
+            partial.chmod(0o755)  # mkdtemp's folders are private
+            partial.rename(self.out)
+
+    @property
+    def has_records(self) -> bool:
+        """Whether there is anything to compare on."""
+        records = self.run.recipe.data
+        return any(choice is not None for choice in (self.data, records.test, records.validation, records.train))
+
+    def check_comparison(self) -> None:
+        """Refuse a comparison that would fail behind the work, which may take an hour.
+
+        :raises RunError: onnxruntime is missing, or the data has no records.
+        :raises DataError: the records cannot be read.
+        """
+        if not (self.verify and self.has_records and isinstance(self.exporter, ComparedExporter)):
+            return
+        from lavintk.errors import ModelError
+        from lavintk.runtime.sessions import import_onnxruntime
+
+        try:
+            import_onnxruntime()
+        except ModelError as error:
+            raise RunError(f"{error}\nOr leave the comparison with the model out: --no-verify.") from error
+        from lavintk.verify.held_out import HeldOut
+
+        HeldOut.of(self.run, self.data, None)
+
+    def compare_or_describe(self, partial: Path) -> None:
+        """Compare a folder of lavintk's own runtime with the model; where that cannot be, write its page only.
+
+        :raises RunError: it does not behave like the model; the folder is kept beside ``out``.
+        """
+        from lavintk.runtime import is_export
+
+        if not is_export(partial):
+            if self.verify:
+                click.echo(f"not compared with the model: lavintk runs onnx folders only, and this is {self.kind}")
+            return
+        if self.verify and not self.has_records:
+            click.echo(
+                "not compared with the model: a model folder names no records; give some with --data FORMAT:PATH"
+            )
+        if self.verify and self.has_records:
+            self.compare(partial)
+        else:
+            _describe(self.run, partial)
+
+    def compare(self, partial: Path) -> None:
+        """Compare the folder with the model, say what was found and write it down.
+
+        :raises RunError: see :meth:`compare_or_describe`.
+        """
+        from rich.console import Console
+
+        from lavintk.merge import load_on_cpu
+        from lavintk.report import duration
+        from lavintk.verify import record, verify
+
+        click.echo(f"comparing it with the model in torch on {COMPARED_RECORDS} records (--no-verify leaves this out)")
+        started = time.monotonic()
+        with Console().status("loading the model as it was trained") as status:
+            # anew: the exporter may have changed the model, or holds it on disk only
+            trained = type(self.run).open(self.run.folder)
+            load_on_cpu(trained)
+            result = verify(
+                trained, partial, records=COMPARED_RECORDS, data=self.data,
+                say=lambda words: status.update(f"comparing: {words}"),
+            )  # fmt: skip
+        record(partial, result, self.run)
+        for line in result.verdict():
+            click.echo(f"  {line}")
+        click.echo(f"  took {duration(time.monotonic() - started)}")
+        if faults := result.faults():
+            self.reject(partial, faults)
+
+    def reject(self, partial: Path, faults: list[str]) -> None:
+        """Keep the folder under another name.
+
+        :raises RunError: always; with ``faults``.
+        """
+        from lavintk.model_card import origin
+
+        rejected = self.out.with_name(f"{self.out.name}.rejected")
+        shutil.rmtree(rejected, ignore_errors=True)
+        partial.rename(rejected)
+        raise RunError(
+            f"the exported folder does not behave like {origin(self.run)}:\n"
+            + "\n".join(f"  - {fault}" for fault in faults)
+            + f"\nIt was kept as {rejected}. Try --quant int8, --set calibrate=64 or --retune 100."
+        )
 
 
 @contextmanager
@@ -171,25 +274,6 @@ def _about_neither(source: Path) -> str:
     return f"{held}, {known}{advice}"
 
 
-def _check_or_describe(run: Run, partial: Path, out: Path, verify: bool, data: Choice | None) -> None:
-    """Compare a folder of lavintk's own runtime with the model; where that cannot be, write its page without figures.
-
-    :raises RunError: it does not behave like the model; the folder is kept beside ``out``.
-    """
-    from lavintk.runtime import is_export
-
-    if not is_export(partial):
-        return
-    records = run.recipe.data
-    nothing = data is None and records.test is None and records.validation is None and records.train is None
-    if verify and nothing:
-        click.echo("not compared with the model: a model folder names no records; give some with --data FORMAT:PATH")
-    if verify and not nothing:
-        _verify(run, partial, out, data)
-    else:
-        _describe(run, partial)
-
-
 def _describe(run: Run, folder: Path) -> None:
     """Write the page of a folder that was not compared."""
     from lavintk.model_card import card, with_provenance
@@ -199,24 +283,3 @@ def _describe(run: Run, folder: Path) -> None:
     content = with_provenance(json.loads(path.read_text(encoding="utf-8")), run)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card(content), encoding="utf-8")
-
-
-def _verify(run: Run, partial: Path, out: Path, data: Choice | None) -> None:
-    from lavintk.merge import load_on_cpu
-    from lavintk.model_card import origin
-    from lavintk.verify import record, verify
-
-    trained = type(run).open(run.folder)  # anew: the exporter may have changed the model, or holds it on disk only
-    load_on_cpu(trained)
-    result = verify(trained, partial, records=COMPARED_RECORDS, data=data)
-    record(partial, result, run)
-    faults = result.faults()
-    if faults:
-        rejected = out.with_name(f"{out.name}.rejected")
-        shutil.rmtree(rejected, ignore_errors=True)
-        partial.rename(rejected)
-        raise RunError(
-            f"the exported folder does not behave like {origin(run)}:\n"
-            + "\n".join(f"  - {fault}" for fault in faults)
-            + f"\nIt was kept as {rejected}. Try --quant int8, --set calibrate=64 or --retune 100."
-        )

@@ -20,7 +20,7 @@ import torch
 from lavintk.data.pack import GRAIN, round_up
 from lavintk.errors import LavintkError, RecipeError
 from lavintk.models.multimodal import MultimodalModel
-from lavintk.plan import CONTEXT, GIB, Plan, micro_batch_tokens, outline_of, plan_of
+from lavintk.plan import CONTEXT, GIB, Plan, micro_batch_tokens, outline_of, plan_of, recomputed_layers
 from lavintk.plugins import Plugins
 from lavintk.recipe import Recipe, make_recipe
 
@@ -33,27 +33,36 @@ SPARE = GIB // 8
 
 
 @dataclass(frozen=True)
+class Level:
+    """How far a measure goes.
+
+    :param changes: of the recipe. :param cost: what it costs, in words.
+    """
+
+    changes: Changes
+    cost: str
+
+
+@dataclass(frozen=True)
 class Measure:
     """One way to take less memory.
 
-    :param levels: changes of the recipe, each taking less than the one before. :param cost: what it costs, in words.
+    :param levels: each takes less than the one before.
     :param alters_base: whether the frozen base computes other numbers.
     """
 
-    levels: tuple[Changes, ...]
-    cost: str
+    levels: tuple[Level, ...]
     alters_base: bool = False
 
 
 @dataclass(frozen=True)
 class Step:
-    """A measure that was taken.
+    """A measure that was taken, as far as that took.
 
-    :param changes: of the recipe. :param cost: in words. :param plan: of the recipe with this and all earlier steps.
+    :param plan: of the recipe with this and all earlier steps.
     """
 
-    changes: Changes
-    cost: str
+    level: Level
     plan: Plan
 
 
@@ -76,7 +85,7 @@ class Fit:
     @property
     def changes(self) -> dict[str, Any]:
         """All that was changed, by the recipe's keys."""
-        return {key: value for step in self.steps for key, value in step.changes.items()}
+        return {key: value for step in self.steps for key, value in step.level.changes.items()}
 
 
 def fit(
@@ -111,29 +120,50 @@ def fit(
 
 def _measures(model: MultimodalModel, recipe: Recipe, plugins: Plugins) -> Iterator[Measure]:
     """Yield what may be done, in the order of what it costs."""
-    train = recipe.train
-    if train.checkpointing not in (True, "auto"):
-        yield Measure(({"train.checkpointing": True},), "all layers are computed again in the backward pass")
-    if train.offload is False:
-        yield Measure(
-            ({"train.offload": True},), "layer inputs are copied to host memory and back, behind the computing"
-        )
+    if levels := tuple(_recomputing(recipe, len(model.layers))):
+        yield Measure(levels)
+    if recipe.train.offload is False:
+        cost = "layer inputs are copied to host memory and back, behind the computing"
+        yield Measure((Level({"train.offload": True}, cost),))
     if sizes := tuple(_smaller_packs(recipe)):
-        changes = tuple({"train.pack": True, "train.pack_tokens": tokens} for tokens in sizes)
-        yield Measure(changes, "smaller micro-batches of the same rows per step: weights are unpacked more often")
+        cost = "smaller micro-batches of the same rows per step: weights are unpacked more often"
+        yield Measure(tuple(Level({"train.pack": True, "train.pack_tokens": tokens}, cost) for tokens in sizes))
     if (quant := _few_bits(model, recipe, plugins)) is not None:
         what = f"stored as {recipe.quant} too, so the frozen base computes slightly other numbers"
         if recipe.model.vision is not None and recipe.vision_quant.name == "none":
-            yield Measure(({"vision_quant": quant},), f"the vision tower is {what}", alters_base=True)
+            yield Measure((Level({"vision_quant": quant}, f"the vision tower is {what}"),), alters_base=True)
         if recipe.embed_quant.name == "none":
-            yield Measure(({"embed_quant": quant},), f"embedding and head are {what}", alters_base=True)
-    if train.stream == "none":
-        levels = [
-            {"train.stream": place, "train.engine": engine}
-            for place in ("cpu", "disk")
-            for engine in ("layerwise", "eager")
-        ]
-        yield Measure(tuple(levels), "the base's layers come from the host, a few at a time, behind the computing")
+            yield Measure((Level({"embed_quant": quant}, f"embedding and head are {what}"),), alters_base=True)
+    if recipe.train.stream == "none":
+        yield Measure(tuple(_streaming()))
+
+
+def _recomputing(recipe: Recipe, layers: int) -> Iterator[Level]:
+    """Yield one quarter of the decoder layers, two and three, as far as more are recomputed then than now, and all."""
+    now = recomputed_layers(recipe, layers)
+    if now == layers:
+        return
+    for some in sorted({ceil(layers * quarters / 4) for quarters in (1, 2, 3)} - {layers}):
+        if some > now:
+            cost = f"{some} of {layers} layers are computed again in the backward pass"
+            yield Level({"train.checkpointing": some}, cost)
+    yield Level({"train.checkpointing": True}, "all layers are computed again in the backward pass")
+
+
+def _streaming() -> Iterator[Level]:
+    """Yield where the base's layers may wait, and how they are asked for."""
+    places = {
+        "cpu": "the base waits in host memory",
+        "disk": "the base waits on the disk, and host memory need not hold it",
+    }
+    engines = {
+        "layerwise": "each layer comes to the device twice per step, behind the computing, and the inputs of a whole "
+        "step's layers wait on the host",
+        "eager": "each layer comes to the device twice per micro-batch, and no inputs of a whole step have to wait",
+    }
+    for place, where in places.items():
+        for engine, how in engines.items():
+            yield Level({"train.stream": place, "train.engine": engine}, f"{where}; {how}")
 
 
 def _smaller_packs(recipe: Recipe) -> Iterator[int]:
@@ -181,7 +211,7 @@ class _Search:
         steps, before = [], self._plan({})
         for place, (measure, level) in enumerate(taken):
             found = self._plan(_together(taken[: place + 1]))
-            steps.append(Step(measure.levels[level], measure.cost, found))
+            steps.append(Step(measure.levels[level], found))
         return Fit(self._changed(_together(taken)), before, tuple(steps))
 
     def refusal(self) -> RecipeError:
@@ -200,10 +230,9 @@ class _Search:
                 f"it needs {found.on_host / GIB:.2f} GiB of host memory ({tried}), "
                 f"{(found.on_host - self.host) / GIB:.2f} GiB more than {self.host / GIB:.2f} GiB"
             )
-        name, size = found.largest
         return RecipeError(
             f"recipe {self.recipe.name!r}", faults,
-            f"Most of the device is taken by: {name}, {size / GIB:.2f} GiB. Take fewer bits (quant is "
+            f"Most of the device is taken by: {_most(found)}. Take fewer bits (quant is "
             f"{self.recipe.quant}), a smaller model, shorter rows (data.max_length is {self.recipe.data.max_length}) "
             f"or fewer micro-batches in a step (train.accumulate is {self.recipe.train.accumulate}).",
         )  # fmt: skip
@@ -219,9 +248,16 @@ class _Search:
         return make_recipe(self.recipe.dump(), changes) if changes else self.recipe
 
 
+def _most(found: Plan) -> str:
+    """Return what takes most of the device, and the context too where that takes more."""
+    name, size = found.largest
+    context = f"the CUDA context, {CONTEXT / GIB:.2f} GiB whatever the recipe says, then " if size < CONTEXT else ""
+    return f"{context}{name}, {size / GIB:.2f} GiB"
+
+
 def _together(taken: Sequence[tuple[Measure, int]]) -> dict[str, Any]:
     """Return the changes of levels of measures; later ones go over earlier ones."""
-    return {key: value for measure, level in taken for key, value in measure.levels[level].items()}
+    return {key: value for measure, level in taken for key, value in measure.levels[level].changes.items()}
 
 
 def parse_size(text: str, option: str = "--fit") -> int:
@@ -235,6 +271,24 @@ def parse_size(text: str, option: str = "--fit") -> int:
     return round(float(match[1]) * GIB)
 
 
+def cuda_device(recipe: Recipe, option: str) -> torch.device:
+    """Return the recipe's device, which ``option`` makes sense for if it is one of CUDA.
+
+    :raises RecipeError: it is a CPU, or is not there.
+    """
+    from lavintk.devices import pick_device
+
+    device = pick_device(recipe.train.device)
+    if device.type == "cuda":
+        return device
+    raise RecipeError(
+        option,
+        [f"it is about the memory of a CUDA device, and train.device={recipe.train.device} is a CPU here"],
+        "Leave --fit out: on a CPU it changes nothing for the better. For a card elsewhere, `lavintk plan` with --fit "
+        "8GB prints the flags to train with.",
+    )
+
+
 def free_memory(recipe: Recipe) -> int:
     """Return the bytes of the recipe's CUDA device that are free, less a little; what ``--fit auto`` means.
 
@@ -242,16 +296,7 @@ def free_memory(recipe: Recipe) -> int:
 
     :raises RecipeError: the recipe's device is a CPU, or is not there.
     """
-    from lavintk.devices import pick_device
-
-    device = pick_device(recipe.train.device)
-    if device.type != "cuda":
-        raise RecipeError(
-            "--fit auto",
-            [f"it asks a CUDA device how much is free, and train.device={recipe.train.device} is a CPU here"],
-            "Give a size, for example --fit 8GB, or leave --fit out: on a CPU it changes nothing for the better.",
-        )
-    free, _ = torch.cuda.mem_get_info(device)
+    free, _ = torch.cuda.mem_get_info(cuda_device(recipe, "--fit auto"))
     return max(0, free - SPARE)
 
 
@@ -264,8 +309,7 @@ def advice_for(recipe: Recipe, plugins: Plugins, device: torch.device, same_base
         now = plan_of(outline_of(recipe, plugins), recipe, plugins)
     except (LavintkError, OSError) as error:  # the device's fault is the one to show
         return f"No plan can be made of the recipe: {str(error).splitlines()[0]}."
-    name, size = now.largest
-    said = f"Foretold were {now.device / GIB:.2f} GiB, most of it for {name}: {size / GIB:.2f} GiB."
+    said = f"Foretold were {now.device / GIB:.2f} GiB, most of it for: {_most(now)}."
     # what was foretold did not suffice, so less than that is asked for
     limit = floor(min(available(device), 0.95 * now.device) / GIB * 10) / 10
     try:

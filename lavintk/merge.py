@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,6 +56,45 @@ def merged(weight: Tensor, bias: Tensor | None, updates: Sequence[AffineUpdate])
     :param bias: ``[out]`` or None.
     """
     return merged_weight(weight, updates), merged_bias(bias, updates)
+
+
+class LayerUpdates:
+    """The adapter's updates of the language model, taken layer by layer; only one layer's are held.
+
+    :ivar coming: the updates of the next layer that the adapter changes; empty behind the last one.
+    """
+
+    def __init__(self, model: MultimodalModel) -> None:
+        updates: Iterator[AffineUpdate] = model.adapter.affine_updates(LANGUAGE) if model.adapter else iter(())
+        self._layers = groupby(updates, key=lambda update: update.linear.rsplit(".", 2)[0])
+        self._read()
+
+    def take(self, layer: str) -> dict[tuple[str, str], AffineUpdate]:
+        """Return the updates of a decoder layer by linear layer and condition; layers are asked for in order.
+
+        :param layer: for example ``language.model.layers.0``.
+        """
+        if layer != self._layer:
+            return {}
+        taken = {(update.linear, update.condition): update for update in self.coming}
+        self._read()
+        return taken
+
+    def check_all_taken(self) -> None:
+        """Make sure that nothing the adapter changes was left out.
+
+        :raises ModelError: the adapter changes a layer that the graph does not have, or goes through them out of order.
+        """
+        if self.coming:
+            raise ModelError(
+                f"the adapter changes {self.coming[0].linear}, which nothing has asked for: affine_updates() "
+                "must go through the decoder layers in order and may change their linear layers only"
+            )
+
+    def _read(self) -> None:
+        layer, updates = next(self._layers, ("", iter(())))
+        self._layer: str = layer
+        self.coming: list[AffineUpdate] = list(updates)
 
 
 def merged_linears(model: MultimodalModel, condition: str, part: str = LANGUAGE) -> Iterator[MergedLinear]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 FRONT_MATTER_LICENCE = re.compile(r"---\n(?:(?!---).*\n)*?license:\s*[\"']?(?P<name>[^\s\"']+)")
 """The licence in the head of a model page on the Hugging Face hub."""
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "COPYING*")
+LICENCE_ID = re.compile(r"[\w.+-]+", re.ASCII)
+"""What may be one of the hub's names of licences, such as ``apache-2.0``; else it is the title of a text."""
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 GRIDS = {
     "fp32": "32-bit floats",
     "fp16": "16-bit floats",
@@ -29,17 +32,41 @@ def card(content: Mapping[str, Any]) -> str:
     :param content: of ``lavintk_export.json``; what it does not hold is left out of the page.
     """
     name = _section(content, "run").get("name") or "model"
-    lines = ["---", "library_name: onnx", "tags: [lavintk, onnx]", "---", f"# {name}", ""]
+    head = front_matter("onnx", _section(content, "base"), sees=_sees(content), tags=("lavintk", "onnx"))
+    lines = [*head, f"# {name}", ""]
     lines += _paragraphs(_what_it_is(content))
     for title, part in (
         ("Made from", _made_from(content)),
         ("Prompt", _prompt(content)),
         ("Use", _use(content)),
+        ("From the trained grid to this one", _rounding(content)),
         ("How near it is to the trained model", _figures(content)),
     ):
         found = list(part)
         lines += [f"## {title}", "", *found, ""] if found else []
     return "\n".join(lines).rstrip() + "\n"
+
+
+def front_matter(
+    library: str, base: Mapping[str, Mapping[str, str]], *, sees: bool, tags: Sequence[str] = ("lavintk",)
+) -> list[str]:
+    """Return the head of a model page as the Hugging Face hub reads it; what is not known is left out.
+
+    A licence is named where that of every base model is known; bases with different ones give ``other``.
+
+    :param library: that loads the folder, as the hub calls it.
+    :param base: of :func:`with_provenance`.
+    :param sees: the folder takes images too.
+    """
+    lines = ["---", f"library_name: {library}"]
+    lines += [f"pipeline_tag: {'image-text-to-text' if sees else 'text-generation'}"]
+    known = {entry.get("licence", "").lower() for entry in base.values()}
+    if known and "" not in known:
+        first, *others = known
+        lines.append(f"license: {'other' if others or not LICENCE_ID.fullmatch(first) else first}")
+    if ids := [entry["hub_id"] for entry in base.values() if entry.get("hub_id")]:
+        lines += ["base_model:", *(f"- {hub_id}" for hub_id in ids)]
+    return [*lines, f"tags: [{', '.join(tags)}]", "---"]
 
 
 def with_provenance(content: Mapping[str, Any], run: Run) -> dict[str, Any]:
@@ -50,8 +77,11 @@ def with_provenance(content: Mapping[str, Any], run: Run) -> dict[str, Any]:
     given = {key: value for key, value in _section(content, "run").items() if value is not None}
     base = {role: dict(entry) for role, entry in _section(content, "base").items()}
     for role, reference in (("language", run.recipe.model.language), ("vision", run.recipe.model.vision)):
-        if role in base and reference and "licence" not in base[role] and (found := licence_of(reference)):
-            base[role]["licence"] = found
+        if role not in base or not reference:
+            continue
+        for key, find in (("licence", licence_of), ("hub_id", hub_id_of)):
+            if key not in base[role] and (found := find(reference)):
+                base[role][key] = found
     return {**content, "run": {**known, **given}, "base": base}
 
 
@@ -78,6 +108,20 @@ def made_from(run: Run, base: Mapping[str, Mapping[str, str]]) -> list[str]:
         return [*lines, imported]
     lines += [] if run.recipe.adapter is None else [f"- adapter: `{run.recipe.adapter}`"]
     return lines + ([] if run.recipe.data.train is None else [f"- base stored in training as: `{run.recipe.quant}`"])
+
+
+def hub_id_of(reference: str) -> str | None:
+    """Return where a base model lies on the Hugging Face hub, or None where its name does not say.
+
+    :param reference: as ``model.language`` of a recipe.
+    """
+    from lavintk.models.catalog import CATALOG
+
+    if Path(reference).expanduser().exists():
+        return None
+    if reference in CATALOG:
+        return CATALOG[reference].hub_id
+    return reference if HUB_ID.fullmatch(reference) else None
 
 
 def licence_of(reference: str) -> str | None:
@@ -207,6 +251,27 @@ def _use(content: Mapping[str, Any]) -> Iterator[str]:
     yield "The examples run beside this folder, here called `exported`."
 
 
+def _rounding(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what rounding and tuning on another grid than the trained one left."""
+    found = _section(_section(content, "report"), "requantized")
+    rounded, retuned = _section(found, "rounded"), _section(found, "retuned")
+    if not rounded:
+        return
+    tokens = rounded.get("tokens")
+    on = f" on {tokens:,} answer tokens of training rows that calibrated nothing" if isinstance(tokens, int) else ""
+    yield f"In torch, before anything was written, beside the trained model{on}:"
+    yield from ("", "| | mean KL | same first choice |", "|---|---|---|")
+    how = f"rounded with {found['rows']:,} training rows in mind" if found.get("rows") else "rounded"
+    yield _fidelity(f"{how}, before tuning" if retuned else how, rounded)
+    if retuned:
+        undone = not retuned.get("divergence", 0) <= rounded.get("divergence", 0)
+        yield _fidelity(f"after {found.get('steps', 0):,} steps of tuning{', undone' * undone}", retuned)
+
+
+def _fidelity(title: str, figures: Mapping[str, Any]) -> str:
+    return f"| {title} | {_shown(figures.get('divergence'), '.1e')} | {_shown(figures.get('agreement'), '.1%')} |"
+
+
 def _figures(content: Mapping[str, Any]) -> Iterator[str]:
     found = _section(_section(content, "report"), "verification")
     if not found:
@@ -217,7 +282,7 @@ def _figures(content: Mapping[str, Any]) -> Iterator[str]:
         values = [_shown(part.get(key), form) for part in found["parts"].values()]
         yield f"| {title} | {' | '.join(values)} |"
     yield ""
-    for key, title in (("answers", "answers"), ("free_text", "free text")):
+    for key, title in (("answers", "answers"), ("free_text", "free text, not stopped at end tokens")):
         if part := found.get(key):
             yield (
                 f"- greedy {title}: {part['identical']:.1%} of {part['answers']} identical, together for "
@@ -230,7 +295,9 @@ def _figures(content: Mapping[str, Any]) -> Iterator[str]:
                 yield f"- {name} on {scores['questions']} questions: {pair}"
     yield f"- size: {found['folder_bytes'] / 1e6:,.1f} MB"
     if found.get("exported_tokens_per_second"):
-        yield f"- decoding one row where this was measured: {found['exported_tokens_per_second']:.1f} tokens/s"
+        trained = _shown(found.get("trained_tokens_per_second"), ".1f")
+        own = f", {trained} of the trained model in torch" if trained != "-" else ""
+        yield f"- decoding one row where this was measured: {found['exported_tokens_per_second']:.1f} tokens/s{own}"
     yield from (f"- note: {note}" for note in found.get("notes") or ())
     yield from (f"- **out of bounds**: {fault}" for fault in found.get("faults") or ())
 

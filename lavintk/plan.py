@@ -2,8 +2,8 @@
 
 Every item is a formula over the model's outline; two numbers were fitted to runs of LLaMA-7B on an H100: the
 activations of the layer in work (:data:`LAYER_WORK`) and what is neither a matrix product nor unpacking
-(:data:`OTHER_PER_LAYER`, :data:`OTHER_BYTES`). docs/memory.md says what the items are, docs/benchmarks.md compares
-predictions with measurements.
+(:data:`OTHER_PER_LAYER`, :data:`OTHER_BYTES`). The vision tower's operations were counted (:data:`BLOCK_KERNELS`).
+docs/memory.md says what the items are, docs/benchmarks.md compares predictions with measurements.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from math import ceil
 
 import torch
@@ -19,15 +19,18 @@ import torch
 from lavintk.contracts import Optimizer, Quantizer
 from lavintk.data.pack import GRAIN, round_up
 from lavintk.errors import RecipeError, did_you_mean
+from lavintk.features import why_not_the_same
 from lavintk.models.build import outline
 from lavintk.models.config_source import open_config
 from lavintk.models.host_memory import LEAVING
 from lavintk.models.loss import DENSE_BLOCK
 from lavintk.models.multimodal import LOSS_CHUNK, MultimodalModel
 from lavintk.models.stream import SLOTS
+from lavintk.models.vision import VisionTower
 from lavintk.models.vocabulary import BLOCK_ROWS
 from lavintk.plugins import Plugins
 from lavintk.recipe import Recipe
+from lavintk.registry import Choice
 
 GIB = 2**30
 CONTEXT = round(0.92 * GIB)
@@ -36,6 +39,8 @@ WORKSPACES = 64 << 20
 """What the library of matrix products takes, on each of two streams 32 MiB on an H100; on smaller cards it is less."""
 AT_WORK, UNPACKED = "a layer at work", "an unpacked weight"
 """Names of two items."""
+OUTSIDE = -1
+"""The index of a linear layer in no decoder layer or block."""
 INPUTS_ON_DEVICE = LEAVING + 1
 """Layer inputs that are on the device at a time where they wait on the host."""
 PAGED_FROM = 100_000
@@ -44,10 +49,15 @@ LAYER_WORK = (8, 6)
 """Tensors of the hidden and of the intermediate width that exist while a layer goes backward."""
 LAYER_KEPT = (7, 3)
 """Likewise those that a layer keeps for its backward pass where it is not recomputed."""
+BLOCK_KEPT = (7, 2)
+"""Likewise those that a block of a vision tower keeps; counted, with attention that keeps no scores."""
 MATRIX_SHARE, COPY_SHARE = 0.60, 0.82
 """What matrix products and unpacking reach of a card's peaks."""
 OTHER_PER_LAYER, OTHER_BYTES = 0.25e-3, 300
 """The rest of a step: seconds per layer, and bytes moved per hidden value of a token and layer."""
+KERNEL, BLOCK_KERNELS = 5e-6, (24, 154)
+"""Seconds of a small kernel on an H100, a round number, and how many a block of a vision tower has: forward alone, and
+forward, again and backward with LaVIN's routed adapter in it. These were counted; decoder layers have fewer, fused."""
 DISK = 2.5e9
 """Bytes per second that a solid-state disk delivers; what the system still has in memory comes faster."""
 PCIE_3, PCIE_4, PCIE_5 = 12e9, 22e9, 53e9
@@ -80,15 +90,36 @@ CARDS = {
 
 
 @dataclass(frozen=True)
+class Work:
+    """What is computed.
+
+    :param products: FLOP of matrix products. :param unpacked: bytes read and written to unpack weights.
+    :param moved: bytes moved besides. :param small: seconds in kernels that are too small for any of that to count.
+    """
+
+    products: float = 0.0
+    unpacked: float = 0.0
+    moved: float = 0.0
+    small: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    def seconds(self, card: Card) -> float:
+        """Return the time on ``card`` where launching costs nothing."""
+        products = self.products / (card.flops * MATRIX_SHARE)
+        return products + self.unpacked / (card.bandwidth * COPY_SHARE) + self.moved / card.bandwidth + self.small
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a micro-batch takes, and the optimizer step that it is a part of.
 
     :param items: bytes on the device at the peak, by name. :param host: bytes that wait on the host, by name.
     :param tokens: of a micro-batch. :param micro_batches: of an optimizer step.
     :param engine: ``"graph"``, ``"eager"`` or ``"layerwise"``.
-    :param products: FLOP of a micro-batch's matrix products. :param unpacked: bytes it reads and writes to unpack
-        weights. :param moved: bytes it moves besides.
-    :param layers: decoder layers.
+    :param untimed: why no time can be foretold; an empty text if one can.
+    :param work: what a micro-batch computes.
     :param streamed: bytes of weights that go from the host to the device in an optimizer step; ``first`` of them before
         anything can be computed.
     :param returning: bytes of layer inputs that come back from the host in an optimizer step.
@@ -100,10 +131,8 @@ class Plan:
     tokens: int
     micro_batches: int
     engine: str
-    products: float
-    unpacked: float
-    moved: float
-    layers: int
+    untimed: str
+    work: Work
     streamed: int
     first: int
     returning: int
@@ -124,6 +153,11 @@ class Plan:
         return self.allocated + self.items[AT_WORK] + self.items.get(UNPACKED, 0) + CONTEXT
 
     @property
+    def held(self) -> int:
+        """What the allocator holds beyond what is allocated, in bytes."""
+        return self.device - self.allocated - CONTEXT
+
+    @property
     def on_host(self) -> int:
         """What waits on the host in all, in bytes."""
         return sum(self.host.values())
@@ -134,19 +168,17 @@ class Plan:
         return max(self.items.items(), key=lambda item: item[1])
 
     def seconds(self, card: Card) -> float:
-        """Return the time of a micro-batch on ``card`` where launching costs nothing."""
+        """Return the time of a micro-batch on ``card`` where launching costs nothing; see :attr:`untimed`."""
         return self.step_seconds(card) / self.micro_batches
 
     def step_seconds(self, card: Card) -> float:
-        """Return the time of an optimizer step on ``card``: what is copied is hidden behind what is computed."""
+        """Return the time of an optimizer step on ``card`` where launching costs nothing; see :attr:`untimed`.
+
+        What is copied is hidden behind what is computed.
+        """
         weights = min(card.bus, DISK) if self.from_disk else card.bus
         copying = self.streamed / weights + self.returning / card.bus
-        return max(self.micro_batches * self._computing(card), copying) + self.first / weights
-
-    def _computing(self, card: Card) -> float:
-        products = self.products / (card.flops * MATRIX_SHARE)
-        memory = self.unpacked / (card.bandwidth * COPY_SHARE) + self.moved / card.bandwidth
-        return products + memory + self.layers * OTHER_PER_LAYER
+        return max(self.micro_batches * self.work.seconds(card), copying) + self.first / weights
 
 
 def plan(recipe: Recipe, plugins: Plugins, engine: str | None = None) -> Plan:
@@ -170,8 +202,8 @@ def plan_of(
     hidden, inner, layers = config.hidden_size, config.intermediate_size, len(model.layers)
     window = micro_batches(recipe, tokens)
     streaming = train.stream != "none"
-    everything = streaming or engine == "layerwise" or train.checkpointing in (True, "auto")
-    recomputed = layers if everything else min(layers, int(train.checkpointing))
+    everything = streaming or engine == "layerwise"
+    recomputed = layers if everything else recomputed_layers(recipe, layers)
     base = _base(model, recipe, plugins)
     ends = _vocabulary(model, recipe, plugins.quantizers.create(recipe.embed_quant))
     trained, states, host = _trained(model, recipe, plugins.optimizers.create(recipe.optim))
@@ -179,14 +211,14 @@ def plan_of(
     inputs, waiting, gradients = _layer_inputs(recipe, engine, recomputed, window)
     at_work = 2 * tokens * (LAYER_WORK[0] * hidden + LAYER_WORK[1] * inner)
     kept = 2 * tokens * (LAYER_KEPT[0] * hidden + LAYER_KEPT[1] * inner)
-    stored = sum(base.layers)
+    stored, linears = sum(base.layers), f"linear layers ({_bits(recipe.quant)})"
     quantized = "" if recipe.embed_quant.name == "none" else f" ({recipe.embed_quant})"
     items = {
-        f"linear layers ({recipe.quant})": 0 if streaming else stored,
-        f"linear layers ({recipe.quant}), {SLOTS} of {layers}": SLOTS * max(base.layers) if streaming else 0,
+        linears: 0 if streaming else stored,
+        f"{linears}, {SLOTS} of {layers}": SLOTS * max(base.layers) if streaming else 0,
         f"embedding, head{quantized}, norms": ends.stored + base.norms,
-        f"vision tower ({recipe.vision_quant})": base.tower,
-        "adapter and connector": trained,
+        f"vision tower ({_bits(recipe.vision_quant)})": base.tower,
+        "adapter" if model.connector is None else "adapter and connector": trained,
         "their gradients": trained,
         "optimizer state": states,
         "layer inputs": inputs * input_of_layer,
@@ -199,29 +231,32 @@ def plan_of(
         "images at work": _images(model, recipe, tokens),
     }
     aside = {
-        f"linear layers ({recipe.quant})": stored if train.stream == "cpu" else 0,
+        linears: stored if train.stream == "cpu" else 0,
         "a layer on its way from the disk": max(base.layers) if train.stream == "disk" else 0,
         "layer inputs": waiting * input_of_layer,
         **host,
     }
-    passes = 2 + recomputed / layers
+    tower = _tower(model, recipe, base, tokens)
     times = 2 * (1 if engine == "layerwise" else window)  # each weight once forward and once backward
-    packed = stored < 2 * base.weights
     return Plan(
         items={name: size for name, size in items.items() if size},
         host={name: size for name, size in aside.items() if size},
         tokens=tokens,
         micro_batches=window,
         engine=engine,
-        products=2.0 * base.weights * tokens * passes,
-        unpacked=(stored + 2.0 * base.weights) * passes if packed else 0.0,
-        moved=float(OTHER_BYTES * tokens * hidden * layers),
-        layers=layers,
+        untimed=_untimed(engine, tower),
+        work=_decoder(base, tokens, hidden, layers, 2 + recomputed / layers) + tower,
         streamed=times * stored if streaming else 0,
         first=base.layers[0] if streaming else 0,
         returning=(waiting if engine == "layerwise" else window * waiting) * input_of_layer,
         from_disk=train.stream == "disk",
     )
+
+
+def recomputed_layers(recipe: Recipe, layers: int) -> int:
+    """Return how many of ``layers`` decoder layers the recipe recomputes on a CUDA device, where none are streamed."""
+    setting = recipe.train.checkpointing
+    return layers if setting is True or setting == "auto" else min(layers, int(setting))
 
 
 def engine_of(recipe: Recipe) -> str:
@@ -257,6 +292,7 @@ class _Base:
     """Bytes of each decoder layer's linear layers, of norms, of the tower, of the largest weight unpacked.
 
     :param weights: how many weights the decoder's linear layers have.
+    :param blocks: bytes and weights of the linear layers in each block of the tower.
     """
 
     layers: list[int]
@@ -264,12 +300,14 @@ class _Base:
     tower: int
     largest: int
     weights: int
+    blocks: list[tuple[int, int]]
 
 
 def _base(model: MultimodalModel, recipe: Recipe, plugins: Plugins) -> _Base:
     quantizers = [plugins.quantizers.create(choice) for choice in (recipe.quant, recipe.vision_quant)]
     sizes: dict[tuple[bool, int, int, bool], tuple[int, int]] = {}
     layers: Counter[int] = Counter()
+    blocks: dict[int, tuple[int, int]] = {}
     tower, largest, weights = 0, 0, 0
     for name, linear in model.linears().items():
         in_tower, bias = name.startswith("vision."), linear.bias is not None
@@ -278,11 +316,14 @@ def _base(model: MultimodalModel, recipe: Recipe, plugins: Plugins) -> _Base:
             sizes[shape] = _stored(quantizers[in_tower], linear.out_features, linear.in_features, bias)
         stored, unpacked = sizes[shape]
         largest = max(largest, unpacked)
+        index, count = _layer_index(name), linear.out_features * linear.in_features
         if in_tower:
             tower += stored
-            continue
-        weights += linear.out_features * linear.in_features
-        layers[_layer_index(name)] += stored
+            before = blocks.get(index, (0, 0))
+            blocks[index] = before[0] + stored, before[1] + count
+        else:
+            weights += count
+            layers[index] += stored
     ends = ("embed_tokens.", "lm_head.")
     norms = 0
     for name, parameter in model.frozen_parameters().items():
@@ -290,12 +331,14 @@ def _base(model: MultimodalModel, recipe: Recipe, plugins: Plugins) -> _Base:
             tower += 2 * parameter.numel()
         elif not any(end in name for end in ends):
             norms += 2 * parameter.numel()
-    return _Base([layers[index] for index in sorted(layers)], norms, tower, largest, weights)
+    blocks.pop(OUTSIDE, None)
+    in_order = [layers[index] for index in sorted(layers)]
+    return _Base(in_order, norms, tower, largest, weights, [blocks[index] for index in sorted(blocks)])
 
 
 def _layer_index(name: str) -> int:
     found = re.search(r"\.layers\.(\d+)\.", name)
-    return int(found[1]) if found else -1
+    return int(found[1]) if found else OUTSIDE
 
 
 def _stored(quantizer: Quantizer, out_features: int, in_features: int, bias: bool) -> tuple[int, int]:
@@ -362,15 +405,88 @@ def _loss(tokens: int, hidden: int, ends: _Ends) -> int:
     return logits + ends.unpacked + (4 * tokens * hidden if ends.blocks > 1 else 0)
 
 
+def _decoder(base: _Base, tokens: int, hidden: int, layers: int, passes: float) -> Work:
+    """Return the work of a micro-batch in the decoder layers, each gone through ``passes`` times."""
+    stored = sum(base.layers)
+    return Work(
+        products=2.0 * base.weights * tokens * passes,
+        unpacked=_unpacked(stored, base.weights) * passes,
+        moved=float(OTHER_BYTES * tokens * hidden * layers),
+        small=layers * OTHER_PER_LAYER,
+    )
+
+
+def _tower(model: MultimodalModel, recipe: Recipe, base: _Base, tokens: int) -> Work:
+    """Return the work of a micro-batch in the vision tower, with an image in each row.
+
+    That is one pass forward and, from the first block on in which something is trained, one backward and one again if
+    blocks are recomputed. There is none where features are the same in each step, and so are computed before the first.
+    """
+    tower = model.vision
+    if tower is None or (recipe.data.cache_features is not False and not why_not_the_same(model)):
+        return Work()
+    backward = 1 if recipe.train.checkpointing is False else 2
+    places, work = _places(tower, recipe, tokens), Work()
+    for goes_back, (stored, weights) in zip(_goes_back(model), base.blocks, strict=False):  # some are not run
+        passes = 1 + backward * goes_back
+        work += Work(
+            products=2.0 * weights * places * passes,
+            unpacked=_unpacked(stored, weights) * passes,
+            moved=OTHER_BYTES * places * tower.width * passes / 3,  # fitted to decoder layers with three passes
+            small=KERNEL * BLOCK_KERNELS[goes_back],
+        )
+    return work
+
+
 def _images(model: MultimodalModel, recipe: Recipe, tokens: int) -> int:
-    """Return what the inputs of the tower's blocks and one block at work take, with an image in each row."""
+    """Return what the tower's blocks keep for the backward pass and one at work take, with an image in each row.
+
+    That is their inputs; where they are not recomputed, all that the backward pass needs.
+    """
     if model.vision is None:
         return 0
     config = model.vision.model.config
-    places = (config.image_size // config.patch_size) ** 2 + 1
+    hidden, inner = config.hidden_size, config.intermediate_size
+    if recipe.train.checkpointing is False:
+        kept = sum(_goes_back(model)) * (BLOCK_KEPT[0] * hidden + BLOCK_KEPT[1] * inner)
+    else:
+        kept = len(model.vision.blocks) * hidden
+    return 2 * _places(model.vision, recipe, tokens) * int(kept + 8 * hidden + 2 * inner)
+
+
+def _goes_back(model: MultimodalModel) -> list[bool]:
+    """Return for each block of the tower that is run whether the backward pass goes through it."""
+    assert model.vision is not None
+    trained = {id(parameter) for parameter in model.trainable().values()}
+    holds = [any(id(p) in trained for p in block.parameters()) for block in model.vision.blocks]
+    return [any(holds[: index + 1]) for index in range(model.vision.taps[-1])]
+
+
+def _places(tower: VisionTower, recipe: Recipe, tokens: int) -> int:
+    """Return the positions of all images of a micro-batch in the tower."""
+    config = tower.model.config
     images = max(1, tokens // recipe.data.max_length) if recipe.train.pack_tokens else recipe.train.batch_size
-    widths = len(model.vision.blocks) * config.hidden_size + 8 * config.hidden_size + 2 * config.intermediate_size
-    return int(2 * images * places * widths)
+    return int(images * ((config.image_size // config.patch_size) ** 2 + 1))
+
+
+def _unpacked(stored: int, weights: int) -> float:
+    """Return the bytes read and written to unpack weights once; none where they are stored in 16 bits."""
+    return stored + 2.0 * weights if stored < 2 * weights else 0.0
+
+
+def _untimed(engine: str, tower: Work) -> str:
+    """Return why the time of a micro-batch cannot be foretold, or an empty text."""
+    if engine == "eager":
+        launched = "operations"
+    elif engine == "layerwise" and tower != Work():
+        launched = "the vision tower's operations"
+    else:
+        return ""
+    return f"with the engine {engine} the host launches {launched} one by one, and sets the pace"
+
+
+def _bits(quant: Choice) -> str:
+    return "16 bits" if quant.name == "none" else str(quant)
 
 
 def find_card(name: str) -> Card:

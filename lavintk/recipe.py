@@ -203,7 +203,7 @@ class Recipe(Section):
         return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
 
     def check(self, plugins: Plugins) -> None:
-        """Check that there is something to train, and every name and option that a plugin answers for.
+        """Check that there is something to train, that settings agree, and all that a plugin answers for.
 
         Nothing heavy is loaded.
 
@@ -234,6 +234,11 @@ class Recipe(Section):
             faults.append("data.train: null is for a model that is not trained; name the records to train on")
         if self.adapter is None and self.model.vision is None:
             faults.append("adapter: null leaves a text model with nothing to train; name an adapter, for example lora")
+        if self.train.engine == "graph" and self.train.stream != "none":
+            faults.append(
+                f"train.engine: 'graph' does not go with train.stream={self.train.stream}, whose layers take turns in "
+                "the device's memory; use --engine auto, layerwise or eager, or --stream none"
+            )
         if faults:
             raise RecipeError(f"recipe {self.name!r}", faults)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, get_type_hints
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from lavintk.errors import LavintkError, OptionsError, PluginError, UnknownNameError, did_you_mean
 
@@ -74,7 +74,8 @@ class Entry(Generic[Product]):
 
     def declared_options(self) -> list[Option]:
         """Return the options with types as text and the help of ``field(metadata={"help": ...})``."""
-        return [_describe_option(f) for f in dataclasses.fields(self.options)]
+        hints = get_type_hints(self.options)
+        return [_describe_option(f, hints[f.name]) for f in dataclasses.fields(self.options)]
 
     def parse_options(self, given: Mapping[str, Any]) -> Any:
         """Return the options dataclass filled from ``given``; strings are converted to the declared types.
@@ -216,11 +217,13 @@ def _required(declared: dataclasses.Field[Any]) -> bool:
     return declared.default is dataclasses.MISSING and declared.default_factory is dataclasses.MISSING
 
 
-def _describe_option(declared: dataclasses.Field[Any]) -> Option:
+def _describe_option(declared: dataclasses.Field[Any], hint: Any) -> Option:
     default = None if declared.default is dataclasses.MISSING else declared.default
     if declared.default_factory is not dataclasses.MISSING:
         default = declared.default_factory()
     type_name = (
         declared.type if isinstance(declared.type, str) else getattr(declared.type, "__name__", str(declared.type))
     )
+    if get_origin(hint) is Literal:
+        type_name = f"one of {', '.join(map(str, get_args(hint)))}"
     return Option(declared.name, type_name, default, _required(declared), declared.metadata.get("help", ""))

@@ -14,13 +14,15 @@ from lavintk.contracts import StepInfo
 
 LINE_SECONDS = 10.0
 """Without a terminal that can redraw, a line is printed at most this often."""
+SMALL_LOSS = 0.01
+"""A loss below has no three digits behind the point that say anything: it is shown with an exponent."""
 
 
 class TrainingDisplay:
     """A progress bar with the figures of the last step; plain lines where the output is no terminal."""
 
-    def __init__(self, console: Console, total: int, start: int = 0) -> None:
-        self.console, self.total = console, total
+    def __init__(self, console: Console, total: int, start: int = 0, measure: str = "loss") -> None:
+        self.console, self.total, self.measure = console, total, measure
         self._last_line = 0.0
         self._progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
@@ -41,7 +43,7 @@ class TrainingDisplay:
 
     def update(self, info: StepInfo) -> None:
         """Show a finished step."""
-        figures = step_figures(info)
+        figures = step_figures(info, self.measure)
         if self.console.is_terminal:
             self._progress.update(self._task, completed=info.step, figures=figures)
         elif time.monotonic() - self._last_line >= LINE_SECONDS or info.step == self.total:
@@ -53,10 +55,14 @@ class TrainingDisplay:
         self.console.print(text)
 
 
-def step_figures(info: StepInfo) -> str:
-    """Return the figures of a step in one line."""
+def step_figures(info: StepInfo, measure: str = "loss") -> str:
+    """Return the figures of a step in one line.
+
+    :param measure: what the loss is called.
+    """
+    loss = f"{info.loss:.3f}" if not 0 < info.loss < SMALL_LOSS else f"{info.loss:.1e}"
     return (
-        f"loss {info.loss:.3f}  lr {info.learning_rate:.1e}  {info.tokens_per_second:,.0f} tok/s  "
+        f"{measure} {loss}  lr {info.learning_rate:.1e}  {info.tokens_per_second:,.0f} tok/s  "
         f"{info.samples_per_second:,.1f} samples/s  {info.memory_bytes / 2**30:.2f} GiB  "
         f"{duration(info.seconds_left)} left"
     )

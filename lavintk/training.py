@@ -6,13 +6,11 @@ answer them again. :class:`Trainer` holds what the stages share.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +31,7 @@ from lavintk.checkpoints import (
 from lavintk.contracts import RunInfo, StepInfo
 from lavintk.data.batch import Batch
 from lavintk.data.batches import BatchLoader, ImageCache, make_batches
+from lavintk.data.fingerprint import fingerprint
 from lavintk.data.images import check_images
 from lavintk.data.pack import GRAIN, round_up
 from lavintk.data.records import ImageSource, Record
@@ -40,10 +39,13 @@ from lavintk.data.steps import StepOrder
 from lavintk.data.tokenize import TokenizedRecord, tokenize_all
 from lavintk.devices import describe, enough_memory, peak_memory, pick_device, pick_precision
 from lavintk.engine import Engine, NotRecordableError, choose_engine, without_graphs
-from lavintk.errors import DataError, LavintkError, OutOfMemoryError, RunError, TrainingError
+from lavintk.errors import DataError, LavintkError, OutOfMemoryError, TrainingError
 from lavintk.evaluate import mean_loss
+from lavintk.failures import not_finite, what_to_lower
 from lavintk.features import keep_features
-from lavintk.fitting import advice_for
+from lavintk.interrupt import interruptible
+from lavintk.kernels.choice import check_environment
+from lavintk.machine import check_machine
 from lavintk.models.build import Assembly, build
 from lavintk.models.host_memory import HostTensors
 from lavintk.models.multimodal import count_parameters
@@ -52,14 +54,9 @@ from lavintk.plugins import Plugins, installed_plugins
 from lavintk.recipe import Recipe, make_recipe, read_recipe
 from lavintk.registry import Choice
 from lavintk.report import TrainingDisplay, duration, loading_bar, scores_table
-from lavintk.run import CHECKPOINTS, METRICS, PREDICTIONS, RECIPE, Run, evaluate, load_records
+from lavintk.resuming import check_resumable
+from lavintk.run import CHECKPOINTS, METRICS, PREDICTIONS, Run, evaluate, load_records
 from lavintk.schedule import build_optimizer, learning_rate
-
-SETTLED = (
-    "model.connector", "model.tap_every", "model.neck", "model.patch_layer", "quant", "vision_quant", "embed_quant",
-    "adapter", "optim", "train.adapter_precision",
-)  # fmt: skip
-"""Settings that a run keeps to its end: what is in its checkpoints means nothing under others."""
 
 
 def train(
@@ -83,6 +80,8 @@ def train(
         recipe = make_recipe(recipe)
     plugins = installed_plugins()
     recipe.check(plugins)
+    check_machine(recipe)
+    check_environment()
     folder = Path(out) if out is not None else default_folder(recipe)
     run = Run.open(folder) if resume else Run.create(folder, recipe)
     trainer = Trainer(run, plugins, console or Console(quiet=True))
@@ -106,14 +105,6 @@ def train(
     trainer.close(status)
     trainer.assembly.model.bring_vision_back()
     return run
-
-
-def _settings(recipe: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every section and setting of a dumped recipe by its dotted key."""
-    for key, value in recipe.items():
-        yield prefix + key, value
-        if isinstance(value, Mapping):
-            yield from _settings(value, f"{prefix}{key}.")
 
 
 def default_folder(recipe: Recipe) -> Path:
@@ -152,7 +143,7 @@ class Trainer:
         """
         self._choose_device()
         if resume:
-            self._check_resumable()
+            check_resumable(self.run)
         records = self._read_records()
         self._load_model()
         self._tokenize(*records)
@@ -221,8 +212,7 @@ class Trainer:
         with loading_bar(self.console, f"loading {self.recipe.model.language}") as progress:
             self.assembly = build(
                 self.recipe, self.plugins, self.device, self.dtype, cast("Any", progress), self.run.check_base,
-                say=lambda line: self.console.print(line, markup=False, highlight=False, soft_wrap=True),
-                outside=self.recipe.train.stream,
+                say=self._say, outside=self.recipe.train.stream,
             )  # fmt: skip
         model, images = self.assembly.model, self.assembly.images
         self.read_image = None if images is None else ImageCache(images)
@@ -265,14 +255,16 @@ class Trainer:
         settings = self.recipe.train
         longest = max(len(row) for row in self.rows)
         capacity = settings.pack_tokens or round_up(settings.batch_size * longest, GRAIN)
-        self.engine, reason = choose_engine(settings.engine, self.assembly.model, self.scaler, capacity, settings.seed)
+        self.engine, reason = choose_engine(
+            settings.engine, self.assembly.model, self.scaler, capacity, settings.seed, self._say
+        )
         if self.device.type == "cuda":
             foretold = plan_of(self.assembly.model, self.recipe, self.plugins, self.engine.name, capacity)
             self._facts["predicted_memory_bytes"] = foretold.allocated
         packs = self.engine.records if settings.pack == "auto" else settings.pack
         self.order = StepOrder(self.rows, settings, capacity if packs else None)
-        said = [f"engine {self.engine.name}{f' ({reason})' if reason and self.device.type == 'cuda' else ''}"]
-        self.console.print(", ".join([*said, *filter(None, [self.order.describe()])]))
+        why = f" ({reason})" if reason else ""
+        self._say(", ".join([f"engine {self.engine.name}{why}", *filter(None, [self.order.describe()])]))
 
     def _loader(self, rows: list[TokenizedRecord], plan: list[list[int]]) -> BatchLoader:
         find_features, workers = self.assembly.find_features, self.recipe.data.workers
@@ -283,17 +275,6 @@ class Trainer:
         owners: list[Record | TokenizedRecord] = [self.rows[index] for index in self.order.rows_from(self.state.step)]
         owners += [*self.validation, *self.test]
         return {source: owner.id for owner in owners for source in owner.images}
-
-    def _check_resumable(self) -> None:
-        if not checkpoints(self.run.folder):
-            raise RunError(how_to_go_on(self.run.folder))
-        before, now = (dict(_settings(recipe)) for recipe in (self.run.manifest.get("recipe", {}), self.recipe.dump()))
-        changed = [f"{k} was {before[k]!r}, is {now[k]!r}" for k in SETTLED if before.get(k, now[k]) != now[k]]
-        if changed:
-            raise RunError(
-                f"{self.run.folder / RECIPE} was changed in what a run cannot change on its way: {'; '.join(changed)}. "
-                "Change it back to go on, or start anew with another --out."
-            )
 
     def _resume(self) -> None:
         newest = checkpoints(self.run.folder)[-1]
@@ -356,12 +337,12 @@ class Trainer:
         loss = float(torch.stack(losses).sum())
         if not math.isfinite(loss):
             guilty = [batch for batch, part in zip(window, losses) if not bool(torch.isfinite(part))]
-            raise TrainingError(self._not_finite("loss", loss, guilty or window))
+            raise TrainingError(not_finite("loss", loss, guilty or window, self.run, step, self.dtype))
         self.scaler.unscale_(self.optimizer)
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip or float("inf"))
         if not self.scaler.is_enabled() and not torch.isfinite(norm):  # the scaler leaves such a step out by itself
-            raise TrainingError(self._not_finite("gradient's norm", float(norm), window))
+            raise TrainingError(not_finite("gradient's norm", float(norm), window, self.run, step, self.dtype))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.state.step += 1
@@ -375,19 +356,24 @@ class Trainer:
         )  # fmt: skip
 
     def _backward(self, window: list[Batch], labelled: int) -> list[torch.Tensor]:
-        with enough_memory(self.device, f"in step {self.state.step + 1}", lambda: self._what_to_lower(window)):
+        step, checkpointing = self.state.step, bool(self.assembly.model.checkpointing)
+
+        def advice() -> str:
+            return what_to_lower(window, self.run, step, self.plugins, self.device, checkpointing)
+
+        with enough_memory(self.device, f"in step {step + 1}", advice):
             try:
-                return self.engine.backward(window, labelled, self.state.step)
+                return self.engine.backward(window, labelled, step)
             except NotRecordableError as error:
                 self._go_on_eagerly(str(error))
                 self.optimizer.zero_grad(set_to_none=False)
-                return self.engine.backward(window, labelled, self.state.step)
+                return self.engine.backward(window, labelled, step)
 
     def _go_on_eagerly(self, reason: str) -> None:
         if self.recipe.train.engine == "graph":
             raise TrainingError(f"train.engine is 'graph', but {reason}. Use --engine auto or eager.")
         self.engine = without_graphs(self.engine)
-        self.console.print(f"note: engine {self.engine.name} without CUDA graphs: {reason}")
+        self._say(f"note: engine {self.engine.name} without CUDA graphs: {reason}")
 
     # -- what surrounds a step -------------------------------------------------------------------------------------
 
@@ -471,58 +457,12 @@ class Trainer:
             self.run.discard()
         return how_to_go_on(self.run.folder) if self.state.step else ""
 
+    def _say(self, line: str) -> None:
+        """Print a line as it is, however long."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     def _call(self, hook: str, **arguments: Any) -> None:
         self.plugins.call(hook, run=self.info, **arguments)
-
-    def _not_finite(self, what: str, value: float, guilty: list[Batch]) -> str:
-        ids = [name for batch in guilty for name in batch.record_ids]
-        shown = f"{', '.join(ids[:20])}{f' and {len(ids) - 20} more' if len(ids) > 20 else ''}"
-        wider = " or use train.precision=bf16" if self.dtype == torch.float16 else ""
-        return (
-            f"the {what} became {value} in step {self.state.step + 1}, with the records {shown}. Nothing of this step "
-            f"was applied. Look at these records with `lavintk data preview`, or lower train.lr "
-            f"({self.recipe.train.lr:g}){wider}{self._in_which_file()}."
-        )
-
-    def _what_to_lower(self, window: list[Batch]) -> str:
-        settings = self.recipe.train
-        longest = max(max(batch.lengths) for batch in window)
-        advice = [f"train.batch_size (now {settings.batch_size})"] if settings.batch_size > 1 else []
-        advice.append(f"data.max_length (now {self.recipe.data.max_length}; this row has {longest} tokens)")
-        first = "" if self.assembly.model.checkpointing else "Set train.checkpointing=true. "
-        fitting = advice_for(self.recipe, self.plugins, self.device, same_base=self.state.step > 0)
-        return f"{fitting} {first}Lower {', or '.join(advice)}{self._in_which_file()}."
-
-    def _in_which_file(self) -> str:
-        """Say where a run that goes on takes its settings from; one that took no step can be given others."""
-        return f"; to go on, in {self.run.folder / RECIPE}" if self.state.step else ""
-
-
-@contextmanager
-def interruptible(notify: Callable[[], None]) -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether Ctrl-C was pressed; pressing it again stops at once.
-
-    :param notify: called at the first press.
-    """
-    pressed = False
-
-    def remember(number: int, frame: object) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-        with suppress(RuntimeError):  # a stream that was just being written to
-            notify()
-
-    try:
-        before = signal.signal(signal.SIGINT, remember)
-    except ValueError:  # not in the main thread: leave signals alone
-        yield lambda: False
-        return
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _refuse_images(records: list[Record]) -> None:
@@ -531,19 +471,6 @@ def _refuse_images(records: list[Record]) -> None:
     if ids:
         fault = f"{len(ids)} of {len(records)} records have an image (the first is {ids[0]!r}), and no model sees them"
         raise DataError("the data", [fault], "Name a vision tower with --vision (model.vision), or leave them out.")
-
-
-def fingerprint(records: list[Record]) -> str:
-    """Return a SHA-256 over ids, messages and images of the records (file names and sizes, or encoded bytes)."""
-    digest = hashlib.sha256()
-    for record in records:
-        images = [
-            hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else f"{image.name}:{image.stat().st_size}"
-            for image in record.images
-        ]
-        content = [record.id, [(m.role, m.text) for m in record.messages], images]
-        digest.update(json.dumps(content, ensure_ascii=False).encode())
-    return digest.hexdigest()
 
 
 def summary(evaluation: Mapping[str, float], test: Choice | None) -> Any:

@@ -146,6 +146,52 @@ def test_missing_images_are_all_listed_with_line_and_id(
     )
 
 
+# What the machine or its environment does not have
+
+
+@pytest.fixture
+def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stage in ("load_records", "build", "Run.create"):
+        monkeypatch.setattr(
+            f"lavintk.training.{stage}", lambda *_, stage=stage, **__: pytest.fail(f"{stage} was called")
+        )
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+@pytest.mark.parametrize("flags", [("--dry-run",), ()])
+def test_graphs_without_a_cuda_device_are_refused_before_anything_is_loaded(
+    tiny_folder: Path, tmp_path: Path, refused: Callable[..., None], run_cli: RunCli, flags: tuple[str, ...]
+) -> None:
+    content = recipe(tiny_folder, engine="graph")
+    said = "'graph' was asked for, but CUDA graphs need a CUDA device, and train.device is 'cpu'"
+    refused(content, "train.engine has 1 fault", said, "Use --engine auto or eager (train.engine).", flags=flags)
+    planned = run_cli("plan", write_recipe(tmp_path / "planned", content))
+    assert planned.exit_code == 0  # that needs no GPU
+    assert "engine graph" in " ".join(planned.stdout.split())
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+@pytest.mark.parametrize("command", [("plan",), ("train", "--dry-run"), ("train",)])
+def test_graphs_of_a_streamed_base_are_refused_by_each_command_that_takes_a_recipe(
+    tiny_folder: Path, tmp_path: Path, run_cli: RunCli, command: tuple[str, ...]
+) -> None:
+    path = write_recipe(tmp_path / "asked", recipe(tiny_folder, engine="graph", stream="cpu"))
+    check_message(run_cli(*command, path), "recipe 'tiny' has 1 fault", "train.engine: 'graph' does not go with ")
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_an_unknown_kernel_is_refused_on_any_device_before_anything_is_loaded(
+    tiny_folder: Path, tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("LAVINTK_KERNELS", "ropes")
+    check_message(
+        run_cli(command, write_recipe(tmp_path / "asked", recipe(tiny_folder))),
+        "LAVINTK_KERNELS=ropes: no kernel named 'ropes'. Say all, none, or some of dequantize, ",
+        "Did you mean 'rope'?",
+    )
+
+
 # Models of the wrong kind
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -216,11 +217,52 @@ def test_the_command_exports_and_compares_on_given_records(
     assert outcome.exit_code == 0, outcome.stderr
     assert "linear layers: fp32 (as asked)" in outcome.stdout
     assert "not compared" not in outcome.stdout
+    lines = outcome.stdout.splitlines()
+    assert lines[0] == f"loading the model folder {base} to export it as onnx"
+    begun = lines.index("comparing it with the model in torch on 8 records (--no-verify leaves this out)")
+    assert lines[begun + 1].startswith("  within bounds: KL ")
+    assert lines[begun + 2].startswith("  greedy answers: 100.0% of 4 identical")
+    assert lines[begun + 3].endswith("of 64.0 tokens")
     found = json.loads((out / "lavintk_export.json").read_text())["report"]["verification"]
     assert found["whole"]["rows"] == 4
     assert found["whole"]["difference"] < TOLERANCE
     assert found["answers"]["identical"] == 1
     assert distance(out, base, peft) < TOLERANCE
+
+
+@pytest.mark.parametrize("format_", ["hf", "gguf", "peft"])
+def test_formats_that_are_not_compared_say_so_in_a_line(
+    format_: str, base: Path, peft: Path, tmp_path: Path, run_cli: RunCli
+) -> None:
+    arguments = ["export", str(base), "--peft", str(peft), "--format", format_, "--out", str(tmp_path / "out")]
+    said = f"not compared with the model: lavintk runs onnx folders only, and this is {format_}"
+    outcome = run_cli(*arguments)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert said in outcome.stdout.splitlines()
+
+
+def test_what_a_comparison_takes_is_asked_for_before_the_work(
+    base: Path, texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_cli: RunCli
+) -> None:
+    monkeypatch.setattr("lavintk_onnx.export.OnnxExporter.export", lambda *_: pytest.fail("worked"))
+    arguments = ["export", str(base), "--out", str(tmp_path / "out"), "--data"]
+    outcome = run_cli(*arguments, "alpaca:nowhere.json")
+    assert outcome.exit_code == 1
+    assert "nowhere.json" in outcome.stderr
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    outcome = run_cli(*arguments, texts)
+    assert outcome.exit_code == 1
+    for words in ("onnxruntime, which cannot be imported", "Install lavintk[cpu]", "--no-verify"):
+        assert words in outcome.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.json"]
+
+
+def test_without_a_comparison_onnxruntime_is_not_needed(
+    base: Path, texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    export(base, Choice("onnx"), tmp_path / "out", verify=False, data=Choice.parse(texts))
+    assert (tmp_path / "out" / "lavintk_export.json").is_file()
 
 
 def test_the_command_names_the_folder_after_the_model(base: Path, tmp_path: Path, run_cli: RunCli) -> None:
@@ -322,7 +364,7 @@ def test_what_cannot_be_trained_is_refused_as_a_recipe(base: Path, tmp_path: Pat
 
 
 def test_tuning_needs_training_data(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="retune needs training data"):
+    with pytest.raises(RunError, match="needs training data"):
         export_model(base, Choice("onnx", {"quant": "int4", "retune": 10}), tmp_path / "out")
 
 

@@ -94,7 +94,9 @@ def test_a_quantized_matrix_is_off_by_no_more_than_its_steps_allow(kind: str, tm
 
 
 @pytest.mark.parametrize("condition", ["text", "image"])
-def test_lavins_biases_go_in_for_each_modality(condition: str, tmp_path: Path) -> None:
+def test_lavins_biases_go_in_for_each_modality(
+    condition: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = vision_run(tmp_path, "taps", {**MMA, "placement": "block"})
     file = exported(run, tmp_path / "out", condition=condition)
     own = own_logits(run, ids(), MODALITIES[condition])
@@ -102,6 +104,7 @@ def test_lavins_biases_go_in_for_each_modality(condition: str, tmp_path: Path) -
     page = (file.parent / "README.md").read_text()
     assert f"Modality: {condition}" in page
     assert "vision tower is not in it" in page
+    assert "left out: images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "qwen2"])

@@ -350,9 +350,10 @@ def test_the_image_token_is_never_sampled(tmp_path: Path) -> None:
     assert model.get_input_embeddings().weight.shape[0] > config["image_token_index"]
 
 
-def test_lavins_tower_and_neck_lie_beside_the_text_model(tmp_path: Path) -> None:
+def test_lavins_tower_and_neck_lie_beside_the_text_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = vision_run(tmp_path, "taps", {**MMA, "visual": "affine"})
     folder = exported(run, tmp_path / "out", condition="image")
+    assert "left out of what transformers loads: images; vision tower and neck lie beside" in capsys.readouterr().out
     loader: Any = AutoModel
     tower, report = loader.from_pretrained(folder / "vision", output_loading_info=True)
     assert not report["missing_keys"]

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from lavintk.answer import Answerer
 from lavintk.checkpoints import save_model
+from lavintk.data.batch import IGNORED
 from lavintk.data.batches import collate
 from lavintk.data.records import Message, Record
 from lavintk.errors import DataError, LavintkError, ModelError, NotAffineError, OptionsError, PluginError, RunError
@@ -36,6 +37,7 @@ from lavintk.testing.tiny import write_language_model, write_vision_tower
 from lavintk_lora.adapter import LoraAdapter
 from lavintk_onnx.folder import PLACEHOLDER
 from lavintk_onnx.graph import DataFile
+from lavintk_onnx.grids import encode_table
 
 RunCli = Callable[..., Outcome]
 Array = NDArray[Any]
@@ -366,6 +368,17 @@ def test_other_bases_become_int8_which_keeps_them(quant: str, llm: dict[str, Any
     assert divergence(run, folder) < 1e-3
 
 
+@pytest.mark.parametrize(("target", "grid"), [("cpu", "int8"), ("cuda", "nf4")])
+def test_what_was_trained_on_nf4_follows_the_target(target: str, grid: str, tmp_path: Path, run_cli: RunCli) -> None:
+    run, out = text_run(tmp_path, quant="nf4"), tmp_path / "out"
+    arguments = ["--target", target, "--adapter", "side", "--out", str(out), "--no-verify"]
+    outcome = run_cli("export", str(run.folder), *arguments)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert f"linear layers: {grid} (" in outcome.stdout
+    assert target in outcome.stdout.lower()
+    assert (facts(out)["quant"]["grid"], facts(out)["quant"]["copied"]) == (grid, grid == "nf4")
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_fp16_moves_logits_by_its_own_rounding(tied: bool, tmp_path: Path) -> None:
     run = text_run(tmp_path, tie_word_embeddings=tied)
@@ -432,6 +445,35 @@ def test_a_run_in_bf16_is_exported_with_the_weights_it_has(adapter: Any, tmp_pat
     np.testing.assert_allclose(logits(folder, answered()), own, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("grid", ["int8", "int4", "fp32"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_tables_held_as_in_training_are_written_as_those_in_fp32(
+    grid: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = text_run(tmp_path, tie_word_embeddings=tied)
+    run.record(precision="bfloat16")
+    options = {"quant": "int8", "embed_quant": grid, "head_quant": grid}
+    narrow = export(Run.open(run.folder), tmp_path / "narrow", **options)
+    monkeypatch.setattr("lavintk_onnx.export._narrow_tables", lambda *_: None)
+    wide = export(Run.open(run.folder), tmp_path / "wide", **options)
+    for path in (wide / "onnx").iterdir():
+        assert (narrow / "onnx" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_embedding_and_head_take_half_the_room_while_they_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, held = text_run(tmp_path), list[torch.dtype]()
+    run.record(precision="bfloat16")
+
+    def seen(model: MultimodalModel, *arguments: Any) -> Any:
+        held.append(model.language.lm_head.weight.dtype)
+        return encode_table(model, *arguments)
+
+    monkeypatch.setattr("lavintk_onnx.decoder.encode_table", seen)
+    monkeypatch.setattr("lavintk_onnx.export.encode_table", seen)
+    export(Run.open(run.folder), tmp_path / "out", quant="int8")
+    assert set(held) == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("form", ["merge", "side"])
 def test_rows_of_different_lengths_go_together(form: str, tmp_path: Path) -> None:
     run = text_run(tmp_path, "mistral", BLOCK_MMA)
@@ -441,14 +483,23 @@ def test_rows_of_different_lengths_go_together(form: str, tmp_path: Path) -> Non
         np.testing.assert_allclose(found, torch_logits(run, record), rtol=0, atol=TOLERANCE)
 
 
+def run_with_rows(folder: Path, quant: str = "nf4", adapter: Any = "lora", *, alike: bool = False) -> Run:
+    """Return a run that has its training data.
+
+    :param alike: all rows are the same one, that of :func:`answered`.
+    """
+    rows = [{"instruction": QUESTION[0 if alike else i :], "input": "", "output": "red blue"} for i in range(24)]
+    data = {"train": {"name": "alpaca", "path": str(folder / "alpaca.json")}}
+    (folder / "alpaca.json").write_text(json.dumps(rows))
+    write_language_model(folder / "llm")
+    content = {"model": {"language": str(folder / "llm")}, "quant": quant, "adapter": adapter, "data": data}
+    return trained(folder / "run", content)
+
+
 @pytest.mark.parametrize("retune", [0, 2])
 def test_another_grid_is_rounded_with_training_rows_in_mind(retune: int, tmp_path: Path) -> None:
     """The run itself stays as it is."""
-    rows = [{"instruction": QUESTION[i:], "input": "", "output": "red blue"} for i in range(24)]
-    data = {"train": {"name": "alpaca", "path": str(tmp_path / "alpaca.json")}}
-    (tmp_path / "alpaca.json").write_text(json.dumps(rows))
-    write_language_model(tmp_path / "llm")
-    run = trained(tmp_path / "run", {"model": {"language": str(tmp_path / "llm")}, "quant": "nf4", "data": data})
+    run = run_with_rows(tmp_path)
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
     folder = export(run, tmp_path / "out", quant="int4", calibrate=8, retune=retune, adapter="side", **PLAIN_TABLES)
     own = Run.open(run.folder)
@@ -457,6 +508,121 @@ def test_another_grid_is_rounded_with_training_rows_in_mind(retune: int, tmp_pat
     assert found["report"]["requantized"]["steps"] == retune
     assert found["quant"]["copied"] is False
     assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("form", ["merge", "side"])
+def test_layers_that_do_not_ship_on_the_new_grid_are_never_rounded_to_it(form: str, tmp_path: Path) -> None:
+    run = run_with_rows(tmp_path)
+    options = {"quant": "int4", "adapter": form, "accuracy_level": 0, "calibrate": 4, **PLAIN_TABLES}
+    folder = export(run, tmp_path / "out", mixed="layers.0.*>fp32;layers.1.mlp.*>fp32;*self_attn*>fp32", **EXACT)
+    assert distance(run, folder) < TOLERANCE
+    folder = export(run, tmp_path / "half", mixed="layers.0.*>fp32;*self_attn*>fp32", **options)
+    linears, graph = run.load("cpu").assembly.model.linears(), folder / "onnx/model_q4.onnx"
+    name = "language.model.layers.1.self_attn.o_proj"
+    if form == "side":  # as ``MatMul`` takes it
+        assert (
+            stored_bytes(graph, "layers.1.self_attn.o_proj.values") == linears[name].dequantize().t().numpy().tobytes()
+        )
+    assert facts(folder)["report"]["requantized"]["layers"] == 3
+    found = divergence(run, folder)
+    assert 0 < found < divergence(run, export(run, tmp_path / "whole", **options))
+
+
+def test_what_is_reported_of_folded_and_rounded_weights_is_what_the_folder_has(tmp_path: Path) -> None:
+    run = run_with_rows(tmp_path, alike=True)
+    options = {"quant": "int4", "adapter": "merge", "accuracy_level": 0, **PLAIN_TABLES}
+    folder, plain = (export(run, tmp_path / str(n), calibrate=n, **options) for n in (8, 0))
+    row = run.load("cpu").assembly.template.tokenize_record(answered())
+    labelled = collate([row], None).labels != IGNORED
+
+    def figure(folder: Path) -> float:
+        goal, own = (
+            torch.from_numpy(values)[labelled].double().log_softmax(-1)
+            for values in (torch_logits(run, answered()), logits(folder, answered()))
+        )
+        return float((goal.exp() * (goal - own)).sum(-1).mean())
+
+    reported = facts(folder)["report"]["requantized"]
+    assert (reported["layers"], reported["calibrated"], reported["rows"]) == (14, 14, 8)
+    assert figure(folder) == pytest.approx(reported["rounded"]["divergence"], rel=0.02)
+    assert figure(folder) < 0.7 * figure(plain)
+    assert facts(folder)["quant"]["calibrated"] is True
+    assert facts(plain)["quant"]["calibrated"] is False
+
+
+@pytest.mark.parametrize("retune", [0, 2])
+def test_the_error_beside_a_rounded_base_is_measured_against_the_trained_weights(retune: int, tmp_path: Path) -> None:
+    run = run_with_rows(tmp_path, adapter={"name": "lora", "r": 2, "targets": "*.layers.1.*o_proj"})
+    folder = export(run, tmp_path / "out", quant="int4", calibrate=4, retune=retune, adapter="side")
+    graph, name = folder / "onnx/model_q4.onnx", "layers.1.self_attn.o_proj"
+
+    def array(part: str, kind: Any) -> torch.Tensor:
+        return torch.from_numpy(np.frombuffer(stored_bytes(graph, f"{name}.{part}"), kind).copy())
+
+    model = run.load("cpu").assembly.model
+    layer, adapter = model.linears()[f"language.model.{name}"], model.adapter
+    assert adapter is not None
+    (update,) = adapter.affine_updates()
+    codes = array("codes", np.uint8).view(layer.out_features, -1, 16)
+    whole = torch.stack([codes & 15, codes >> 4], -1).flatten(2).float()
+    pairs = array("zero_points", np.uint8).view(layer.out_features, -1)
+    zeros = torch.stack([pairs & 15, pairs >> 4], -1).flatten(1)[:, : codes.shape[1]].float()
+    base = ((whole - zeros[..., None]) * array("scales", np.float32).view(zeros.shape)[..., None]).flatten(1)
+    down, up = (array(part, np.float32) for part in ("all.down", "all.up"))
+    side = up.view(2, -1).t() @ down.view(-1, 2).t()
+    wanted = layer.dequantize() + update.up @ update.down
+    shipped = base[:, : layer.in_features] + side
+    expected = float((shipped - wanted).norm() / wanted.norm())
+    assert facts(folder)["adapter"]["weight_error"] == pytest.approx(expected, rel=1e-3)
+    assert expected > 0.01
+
+
+def test_the_choice_of_a_form_rests_on_errors_against_the_trained_weights(tmp_path: Path) -> None:
+    reason = facts(export(run_with_rows(tmp_path), tmp_path / "out", quant="int4", calibrate=4))["adapter"]["reason"]
+    merged, side = (float(word) for word in reason.split() if word[:1].isdigit() and "e-" in word)
+    assert 0.03 < merged < 0.3
+    assert 0.03 < side < 0.3
+
+
+def test_what_is_tuned_stays_beside_the_base(tmp_path: Path) -> None:
+    run = run_with_rows(tmp_path)
+    found = facts(export(run, tmp_path / "out", quant="int4", calibrate=4, retune=1))
+    assert found["adapter"]["form"] == "side"
+    assert "tuned" in found["adapter"]["reason"]
+    options = {"quant": "int4", "retune": 1, "adapter": "merge"}
+    refused(run, tmp_path / "merged", OptionsError, "retune=1", "adapter=side", **options)
+
+
+@pytest.mark.parametrize("asked_for", [{"retune": 3}, {"calibrate": 16}])
+@pytest.mark.parametrize(
+    ("trained_on", "options", "words"),
+    [("nf4", {"quant": "int8"}, ["ship as int8", "--quant int4"]), ("int4", {"adapter": "side"}, ["keep the int4"])],
+)
+def test_what_takes_training_rows_is_refused_where_nothing_is_rounded_anew(
+    trained_on: str, options: dict[str, Any], words: list[str], asked_for: dict[str, int], tmp_path: Path
+) -> None:
+    ((name, value),) = asked_for.items()
+    run = text_run(tmp_path, quant=trained_on)
+    refused(run, tmp_path / "out", RunError, f"{name}={value}", *words, **options, **asked_for)
+
+
+def test_layers_of_an_int8_folder_may_be_rounded_with_training_rows_in_mind(tmp_path: Path) -> None:
+    folder = export(run_with_rows(tmp_path), tmp_path / "out", quant="int8", mixed="*mlp*>int4", calibrate=4)
+    assert facts(folder)["report"]["requantized"]["layers"] == 6
+
+
+def test_a_base_trained_on_int4_is_merged_with_training_rows_in_mind_if_asked_for(tmp_path: Path) -> None:
+    run = run_with_rows(tmp_path, "int4", {"name": "lora", "targets": "q_proj,down_proj"})
+    options = {"adapter": "merge", "accuracy_level": 0, **PLAIN_TABLES}
+    plain, calibrated = (export(run, tmp_path / str(n), calibrate=n, **options) for n in (None, 8))
+    assert facts(plain)["report"] == {}
+    assert facts(calibrated)["report"]["requantized"]["layers"] == 4  # the others keep their codes
+    assert divergence(run, calibrated) < divergence(run, plain)
+
+
+def test_a_pattern_that_matches_no_layer_is_named_with_what_names_look_like(run: Run, nothing_left: Path) -> None:
+    words = ["'model.layers.0.*'", "layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"]
+    refused(run, nothing_left, OptionsError, *words, mixed="layers.0.*>int8;model.layers.0.*>fp32")
 
 
 # Two modalities

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 import yaml
 
 from lavintk import fitting
+from lavintk.cli.train import as_flags
 from lavintk.errors import OutOfMemoryError, RecipeError
 from lavintk.fitting import advice_for, fit, largest_part, parse_size
 from lavintk.models import build
-from lavintk.plan import GIB, plan
+from lavintk.plan import GIB, plan, plan_of
 from lavintk.plugins import installed_plugins
 from lavintk.recipe import Recipe, make_recipe
 from lavintk.testing import Outcome
@@ -94,9 +96,41 @@ def test_a_recipe_is_changed_only_as_far_as_it_takes_to_fit(tiny_folder: Path) -
         assert found.plan.device == plan(found.recipe, plugins).device
         assert found.recipe.train.batch_size * found.recipe.train.accumulate == 256  # the same rows in each step
         limits.append(found.plan.device - 1)
-    assert fit(recipe, plugins, limits[0]).changes == {"train.checkpointing": True}
-    with pytest.raises(RecipeError, match=r"GiB more than 0\.10 GiB(.|\n)*Most of the device is taken by: "):
+    assert fit(recipe, plugins, limits[0]).changes == {"train.checkpointing": 1}  # of two layers
+    context = r"GiB more than 0\.10 GiB(.|\n)*Most of the device is taken by: the CUDA context, 0\.92 GiB whatever"
+    with pytest.raises(RecipeError, match=context):
         fit(recipe, plugins, GIB // 10)
+
+
+@pytest.mark.parametrize(("given", "levels"), [(False, (8, 16, 24, True)), (16, (24, True)), (30, (True,)), (32, ())])
+def test_only_as_many_layers_are_recomputed_as_memory_demands(
+    geometry: Callable[..., Recipe], given: bool | int, levels: tuple[bool | int, ...]
+) -> None:
+    recipe, plugins = geometry("7b", LORA, batch_size=4, checkpointing=given), installed_plugins()
+
+    def needs(count: bool | int) -> int:
+        changed = make_recipe(recipe.dump(), {"train.checkpointing": count})
+        return plan_of(outline("7b", LORA), changed, plugins).device
+
+    for before, level in pairwise((given, *levels)):
+        found = fit(recipe, plugins, needs(before) - 1)  # a little less than what the one before needs
+        assert found.changes == {"train.checkpointing": level}
+        assert found.plan.device == needs(level)
+        many = "all layers" if level is True else f"{level} of 32 layers"
+        assert found.steps[0].level.cost == f"{many} are computed again in the backward pass"
+        assert as_flags(found.changes) == [f"--set train.checkpointing={json.dumps(level)}"]
+    last = fit(recipe, plugins, needs(True) - 1).changes
+    assert last["train.pack_tokens"] == 1024  # recomputing alone does not suffice
+
+
+def test_a_refusal_names_the_context_only_where_nothing_else_takes_more(geometry: Callable[..., Recipe]) -> None:
+    said = {}
+    for name in ("7b", "65b"):
+        with pytest.raises(RecipeError) as raised:
+            fit(geometry(name, LORA), installed_plugins(), GIB, same_base=True)
+        said[name] = str(raised.value)
+    assert "by: the CUDA context, 0.92 GiB whatever the recipe says, then embedding, head, norms, 0.49" in said["7b"]
+    assert "by: embedding, head, norms, 0.98 GiB" in said["65b"]
 
 
 def test_measures_that_a_stronger_one_makes_needless_are_taken_back(geometry: Callable[..., Recipe]) -> None:
@@ -117,6 +151,11 @@ def test_host_memory_decides_how_a_base_is_streamed(geometry: Callable[..., Reci
     assert fit(given, plugins, 8 * GIB, 8 * GIB).changes == {"train.stream": "disk", "train.engine": "eager"}
     few = make_recipe(given.dump(), {"train.accumulate": 8})
     assert fit(few, plugins, 8 * GIB, 40 * GIB).changes == STREAMED
+    costs = {host: fit(given, plugins, 8 * GIB, host * GIB).steps[-1].level.cost for host in (64, 40, 24, 8)}
+    assert "behind the computing" in costs[64]
+    assert "twice per micro-batch" in costs[40]
+    assert "no inputs of a whole step have to wait" in costs[40]
+    assert all("on the disk, and host memory need not hold it" in costs[host] for host in (24, 8))
     with pytest.raises(RecipeError, match=r"GiB of host memory (.|\n)*train\.accumulate is 32"):
         fit(given, plugins, 8 * GIB, GIB // 2)
 
@@ -134,7 +173,7 @@ def test_the_advice_names_the_largest_item_and_a_size_that_works(
     given, plugins = geometry("13b", LAVIN), installed_plugins()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8 * GIB))
     said = advice_for(given, plugins, torch.device("cuda"))
-    assert "most of it for linear layers (nf4): 6.10 GiB." in said
+    assert "most of it for: linear layers (nf4), 6.10 GiB." in said
     assert "With `--fit 8.0GB` it would take" in said
     assert "embed_quant=nf4" in said
     assert fit(given, plugins, 8 * GIB).changes  # what the advice says
@@ -170,7 +209,7 @@ def test_a_device_that_is_full_while_loading_says_how_much_was_lacking_and_what_
     said = str(raised.value)
     assert "while loading the model" in said
     assert f"of 12.0 GiB; {lacking}." in said
-    assert "GiB, most of it for " in said
+    assert "GiB, most of it for: " in said
     assert "No --fit that leaves what is learned as it is would fit into 0." in said
 
 
@@ -194,15 +233,20 @@ def test_fit_auto_takes_what_is_free_and_needs_a_cuda_device(
     assert refused.exit_code != 0
     assert "train.device=cpu is a CPU here" in refused.stderr
     assert "--fit 8GB" in refused.stderr
+    refused = run_cli("train", path, "--fit", "8GB", "--dry-run")
+    assert refused.exit_code != 0
+    assert "--fit 8GB has 1 fault" in refused.stderr
+    assert "train.device=cpu is a CPU here" in refused.stderr
+    assert run_cli("plan", path, "--fit", "8GB").exit_code == 0  # for a card elsewhere
     needed = plan(content, installed_plugins()).device
     monkeypatch.setattr("lavintk.devices.pick_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed - 1 + fitting.SPARE, 24 * GIB))
     fitted = run_cli("train", path, "--fit", "auto", "--dry-run")
     assert fitted.exit_code == 0
     assert "fit into auto (" in fitted.stdout
-    assert "--set train.checkpointing=true" in fitted.stdout
+    assert "--set train.checkpointing=1" in fitted.stdout
     resolved = yaml.safe_load(fitted.stdout.partition("foretold\n")[2])
-    assert resolved["train"]["checkpointing"] is True
+    assert resolved["train"]["checkpointing"] == 1
 
 
 def test_plan_prints_what_each_change_brings_and_the_flags_that_make_it(
@@ -214,8 +258,8 @@ def test_plan_prints_what_each_change_brings_and_the_flags_that_make_it(
     needed = plan(content, installed_plugins()).device / GIB
     size = f"{needed - 0.005:.3f}GB"
     shown = run_cli("plan", path, "--fit", size, "--gpu", "rtx3060")
-    assert "--set train.checkpointing=true" in shown.stdout
-    assert "s per step on rtx3060: all layers are computed again" in shown.stdout
+    assert "--set train.checkpointing=1" in shown.stdout
+    assert "s per step on rtx3060: 1 of 2 layers are computed again" in shown.stdout
     found = json.loads(run_cli("plan", path, "--fit", size, "--json").stdout)
     again = json.loads(run_cli("plan", path, *" ".join(found["flags"]).split(), "--json").stdout)
     assert again["items"] == found["items"]

@@ -101,6 +101,19 @@ def test_faults_that_plugins_find_are_reported_together_with_their_place() -> No
     assert optim.startswith("optim: optimizer 'adamw' (plugin core): unknown option 'momentum'")
 
 
+@pytest.mark.parametrize("stream", ["cpu", "disk"])
+def test_a_streamed_base_and_whole_micro_batches_as_graphs_do_not_go_together(stream: str) -> None:
+    recipe = make_recipe(SMALL, {"train.engine": "graph", "train.stream": stream, "quant": "nf5"})
+    with pytest.raises(RecipeError) as caught:
+        recipe.check(load_plugins())
+    quant, engine = caught.value.faults
+    assert quant.startswith("quant: ")
+    assert engine.startswith(f"train.engine: 'graph' does not go with train.stream={stream}, ")
+    assert engine.endswith("use --engine auto, layerwise or eager, or --stream none")
+    for settings in ({"train.engine": "graph"}, {"train.stream": stream}):
+        make_recipe(SMALL, settings).check(load_plugins())
+
+
 # Reading
 
 

@@ -128,6 +128,7 @@ def test_declared_options_tell_type_default_need_and_help(registry: Registry[Any
     described = {option.name: option for option in registry["grid"].declared_options()}
     assert described["double_quant"].type == "bool"
     assert described["double_quant"].default is True
+    assert (described["bits"].type, described["double_quant"].type) == ("one of 2, 4, 8", "bool")
     assert described["double_quant"].help == "quantize the scales too"
     assert not described["double_quant"].required
     assert registry["file"].declared_options()[0].required

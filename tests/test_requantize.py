@@ -18,6 +18,7 @@ from lavintk.data.batch import IGNORED, Batch
 from lavintk.data.batches import collate
 from lavintk.data.records import Message, Record
 from lavintk.errors import RunError, UnknownNameError
+from lavintk.folded import FoldedDecoder, second_moment
 from lavintk.layers import DenseLinear, FrozenLinear
 from lavintk.models.build import Assembly
 from lavintk.models.multimodal import MultimodalModel
@@ -26,9 +27,9 @@ from lavintk.requantize import (
     Retuning,
     divergence_sum,
     requantize,
+    requantize_merged,
     requantize_run,
     round_layers,
-    second_moment,
     take_over,
 )
 from lavintk.run import Run, load_records
@@ -275,7 +276,7 @@ def test_tuning_brings_the_model_nearer_and_changes_only_what_is_trained(run: Ru
     text = output.getvalue()
     assert "14 layers as int4:search=none,block_size=64, without calibration" in text
     assert "step 30/30" in text
-    assert f"after 30 steps of tuning: KL {report.retuned.divergence:.4f}" in text
+    assert f"after 30 steps of tuning: KL {report.retuned.divergence:.1e}" in text
 
 
 def test_tuning_that_makes_it_worse_is_undone(lora: Run) -> None:
@@ -310,6 +311,108 @@ def test_a_run_is_requantized_with_its_own_data_and_settings_and_stays_as_it_is_
     assert (report.rows, report.calibrated, report.steps) == (3, 14, 2)
     assert dict(files()) == before
     assert run.assembly.model.training == training
+
+
+# --- an adapter that ships inside the weights
+
+
+def plain_model(run: Run, weights: dict[tuple[str, str], Tensor], condition: str) -> Any:
+    """Return transformers' own model with other weights and biases of linear layers, no code of ours inside."""
+    from transformers import AutoModelForCausalLM
+
+    make: Any = AutoModelForCausalLM
+    model = make.from_pretrained(run.recipe.model.language, dtype=torch.float32).eval()
+    for (name, wanted), weight in weights.items():
+        if wanted in (condition, ""):
+            model.get_submodule(name.removeprefix("language.")).weight.data = weight
+    return model
+
+
+def by_hand(run: Run) -> dict[tuple[str, str], Tensor]:
+    """Return ``W + scale * B A`` of LoRA's layers."""
+    adapter: Any = run.assembly.model.adapter
+    return {
+        (name, "all"): (layer.base.dequantize() + layer.scale * layer.up @ layer.down).detach()
+        for name, layer in adapter.layers.items()
+    }
+
+
+def test_folded_layers_that_are_not_rounded_are_the_trained_model_under_every_condition(run: Run) -> None:
+    records = records_of(run)
+    before = {name: layer.dequantize() for name, layer in language_layers(run.assembly.model).items()}
+    report, layers = requantize_merged(run.assembly, Choice("none"), records, rows=4, held_out=4)
+    assert report.rounded.divergence == pytest.approx(0, abs=1e-6)
+    assert report.rounded.agreement == 1.0
+    assert report.layers == len(layers)
+    conditions = {condition for _, condition in layers}
+    assert conditions == ({"", "text", "image"} if run.assembly.images else {"all"})
+    for name, layer in language_layers(run.assembly.model).items():
+        assert torch.equal(layer.dequantize(), before[name]), "the model itself stays as it is"
+
+
+@torch.no_grad()
+def test_the_figures_of_a_folded_model_are_those_of_transformers_with_the_rounded_sums(lora: Run) -> None:
+    records = RECORDS[:6]
+    report, layers = requantize_merged(lora.assembly, INT4, records, rows=3, held_out=3)
+    assert report.calibrated == report.layers == 14
+    trained = plain_model(lora, by_hand(lora), "all")
+    rounded = plain_model(lora, {key: layer.dequantize() for key, layer in layers.items()}, "all")
+    sums = []
+    for record in records:
+        batch = batch_of(lora.assembly, [record])
+        labelled = batch.labels != IGNORED
+        logits = (m(batch.input_ids[None]).logits[0][labelled] for m in (trained, rounded))
+        goal, own = (values.double().log_softmax(-1) for values in logits)
+        sums.append((goal.exp() * (goal - own)).sum(-1))
+    trios = [torch.cat([sums[a], sums[b], sums[c]]) for a in range(6) for b in range(a) for c in range(b)]
+    assert report.rounded.divergence > 1e-6
+    nearest = min(trios, key=lambda trio: abs(float(trio.mean()) - report.rounded.divergence))
+    assert float(nearest.mean()) == pytest.approx(report.rounded.divergence, rel=1e-3)
+    assert len(nearest) == report.rounded.tokens
+
+
+@torch.no_grad()
+def test_a_folded_layer_is_rounded_for_what_its_own_conditions_rows_bring(run: Run) -> None:
+    """Rows of text in transformers' own model with the rounded weights; LaVIN's other rows have images."""
+    model, recorder = run.assembly.model.eval(), Recorder()
+    records = records_of(run)
+    folded = FoldedDecoder(model)
+    assert folded.round(recorder, language_layers(model), batch_of(run.assembly, records)) == len(folded.rounded)
+    condition = "all" if run.assembly.images is None else "text"
+    moments = {
+        name: moment
+        for (name, wanted), moment in zip(folded.rounded, recorder.moments, strict=True)
+        if wanted in ((condition, "") if condition == "all" else (condition,))
+    }
+    plain = plain_model(run, {key: layer.dequantize() for key, layer in folded.rounded.items()}, condition)
+    for (name, wanted), layer in folded.rounded.items():
+        if wanted in (condition, "") and layer.bias is not None:
+            plain.get_submodule(name.removeprefix("language.")).bias = nn.Parameter(layer.bias)
+    expected = {name: torch.zeros_like(moment) for name, moment in moments.items()}
+    for name in expected:
+
+        def add(_: Any, arguments: tuple[Tensor, ...], name: str = name) -> None:
+            x = arguments[0][0]
+            expected[name] += x.t() @ x
+
+        plain.get_submodule(name.removeprefix("language.")).register_forward_pre_hook(add)
+    for record in records:
+        if not record.images:
+            plain(batch_of(run.assembly, [record]).input_ids[None])
+    assert moments
+    for name, moment in moments.items():
+        torch.testing.assert_close(moment, expected[name], rtol=1e-3, atol=1e-3)
+
+
+def test_layers_that_were_not_named_stay_as_they_were(lora: Run) -> None:
+    linears = language_layers(lora.assembly.model)
+    before = {name: layer.dequantize() for name, layer in linears.items()}
+    named = [name for name in linears if ".layers.0." in name]
+    assert requantize(lora.assembly, INT4, RECORDS, rows=4, layers=named).layers == len(named) == 7
+    for name, layer in linears.items():
+        assert torch.equal(layer.dequantize(), before[name]) == (name not in named)
+    _, layers = requantize_merged(lora.assembly, INT4, RECORDS, rows=4, layers=named)
+    assert {name for name, _ in layers} == set(named)
 
 
 # --- what cannot be done

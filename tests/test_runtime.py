@@ -506,6 +506,8 @@ def test_bench_measures_a_folder(image_folder: Path, run_cli: RunCli) -> None:
     outcome = run_cli("bench", str(image_folder), *settings, "--modality", "image")
     assert re.search(r"^decode +[\d,.]+ tokens/s$", outcome.stdout, re.MULTILINE)
     assert re.search(r"^peak memory +[\d,]+ MB", outcome.stdout, re.MULTILINE)
+    assert re.search(r"^  onnx/embed_tokens.onnx  [\d.]+ kB$", outcome.stdout, re.MULTILINE)
+    assert " 0.0 MB" not in outcome.stdout.split("folder", 1)[1]
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import yaml
 from onnx import numpy_helper
 
 from lavintk.errors import ModelError, RunError
-from lavintk.model_card import card, licence_of
+from lavintk.model_card import card, hub_id_of, licence_of
 from lavintk.models.build import build
 from lavintk.plugins import installed_plugins
 from lavintk.recipe import make_recipe
@@ -135,7 +136,9 @@ def test_common_prefixes_are_counted_in_tokens() -> None:
     [
         ({"grid": "fp32", "copied": False}, 1e-4), ({"grid": "fp16"}, 1e-4), ({"grid": "int8", "copied": False}, 0.05),
         ({"grid": "int4", "copied": True}, 0.05), ({"grid": "nf4", "copied": True}, 0.05),
-        ({"grid": "int4", "copied": False}, 0.5),
+        ({"grid": "int4", "copied": False, "calibrated": True}, 0.1), ({"grid": "int4", "copied": False}, 0.3),
+        ({"grid": "nf4", "copied": False, "trained": "nf4:block_size=64"}, 0.3),
+        ({"grid": "nf4", "copied": False, "trained": "none"}, 0.5),
     ],
 )  # fmt: skip
 def test_bounds_follow_the_grid(quant: dict[str, Any], kl: float) -> None:
@@ -159,8 +162,31 @@ def test_a_sound_folder_with_two_decoders_has_no_fault(found: Verification) -> N
     assert found.scores.questions == 4
     assert found.scores.trained == found.scores.exported
     assert found.exported_tokens_per_second is not None
+    assert found.trained_tokens_per_second is not None
     assert sum(found.sizes.values()) < found.folder_bytes
     assert json.loads(json.dumps(found.as_json(), allow_nan=False))["whole"]["rows"] == 8
+
+
+def test_free_text_goes_on_behind_end_tokens_and_answers_do_not(
+    blind: tuple[Run, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, folder = blind
+    every = tuple(range(run.assembly.model.language.config.vocab_size))
+    monkeypatch.setattr(type(run.assembly.template), "stop_ids", every)
+    found = verify(run, folder, records=2, tokens=12, threads=1)
+    assert found.answers.tokens == 1
+    assert found.free_text is not None
+    assert (found.free_text.tokens, found.free_text.common_prefix, found.free_text.identical) == (12, 12, 1)
+
+
+def test_the_verdict_says_what_was_found_and_what_is_allowed(found: Verification) -> None:
+    first, answers, free, *notes = found.verdict()
+    for words in ("within bounds", "text (at most 0.0001)", "100.0% image", "(at least 99%)", "8 rows"):
+        assert words in first
+    assert answers.startswith("greedy answers: 100.0% of 8 identical")
+    assert free.endswith(f"of {TOKENS}.0 tokens")
+    assert notes == list(found.notes)
+    assert replace(found, prompts=0.5).verdict()[0].startswith("out of bounds: ")
 
 
 def test_without_test_data_the_last_training_records_are_compared(blind: tuple[Run, Path]) -> None:
@@ -260,6 +286,58 @@ def test_a_page_needs_no_figures() -> None:
     assert "AutoModelForCausalLM" in page
 
 
+def test_the_head_of_the_page_is_what_the_hub_reads() -> None:
+    base = {
+        "language": {"source": "x", "sha256": "0", "licence": "Apache-2.0", "hub_id": "org/model"},
+        "vision": {"source": "y", "sha256": "1", "licence": "apache-2.0"},
+    }
+    graphs = {"decoder": {}, "vision": "onnx/vision.onnx"}
+    assert head_of(card({"base": base, "graphs": graphs})) == {
+        "library_name": "onnx", "pipeline_tag": "image-text-to-text", "license": "apache-2.0",
+        "base_model": ["org/model"], "tags": ["lavintk", "onnx"],
+    }  # fmt: skip
+    text = {"library_name": "onnx", "pipeline_tag": "text-generation", "tags": ["lavintk", "onnx"]}
+    assert head_of(card({})) == text
+    assert "license" not in head_of(card({"base": {**base, "vision": {"source": "y"}}}))
+    for licence in ("mit", "A LICENSE AGREEMENT (LICENSE.txt of the base)"):
+        other = head_of(card({"base": {**base, "vision": {"licence": licence}}}))
+        assert other["license"] == "other"
+
+
+def head_of(page: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(page.split("---\n")[1])
+    return found
+
+
+def test_the_page_tells_rounding_tuning_and_both_speeds(found: Verification) -> None:
+    requantized = {
+        "rows": 32, "steps": 300,
+        "rounded": {"divergence": 7e-4, "agreement": 0.991, "tokens": 1467},
+        "retuned": {"divergence": 2e-4, "agreement": 0.996, "tokens": 1467},
+    }  # fmt: skip
+    timed = replace(found, trained_tokens_per_second=4.0, exported_tokens_per_second=80.0)
+    page = card({"report": {"requantized": requantized, "verification": timed.as_json()}})
+    assert "on 1,467 answer tokens" in page
+    assert "| rounded with 32 training rows in mind, before tuning | 7.0e-04 | 99.1% |" in page
+    assert "| after 300 steps of tuning | 2.0e-04 | 99.6% |" in page
+    assert "80.0 tokens/s, 4.0 of the trained model in torch" in page
+    worse = {**requantized, "retuned": {"divergence": 8e-4, "agreement": 0.9}}
+    assert "| after 300 steps of tuning, undone | 8.0e-04 |" in card({"report": {"requantized": worse}})
+    without = card({"report": {"requantized": {**requantized, "retuned": None}}})
+    assert "| rounded with 32 training rows in mind | 7.0e-04 |" in without
+
+
+@pytest.mark.parametrize(
+    ("reference", "hub_id"),
+    [
+        ("smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"), ("easyvqa-vit", None),
+        ("org/model", "org/model"), ("./some/folder", None), (__file__, None),
+    ],
+)  # fmt: skip
+def test_places_on_the_hub_are_known_by_name(reference: str, hub_id: str | None) -> None:
+    assert hub_id_of(reference) == hub_id
+
+
 @pytest.mark.parametrize(
     ("name", "text", "licence"),
     [
@@ -294,3 +372,27 @@ def test_the_command_prints_figures_and_fails_out_of_bounds(
     assert "is not what was trained" in outcome.stderr
     assert not (broken / "README.md").exists()
     assert "is no exported folder" in run_cli("verify", str(run.folder), str(tmp_path)).stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "program"),
+    [("config.json", "transformers"), ("adapter_config.json", "PEFT"), ("tiny-Q8_0.gguf", "llama.cpp")],
+)
+def test_folders_for_other_programs_are_said_to_be_that(
+    file: str, program: str, tmp_path: Path, run_cli: RunCli
+) -> None:
+    (tmp_path / file).touch()
+    outcome = run_cli("verify", "run", str(tmp_path))
+    assert outcome.exit_code == 1
+    assert f"is a folder for {program}" in outcome.stderr
+    assert "compares onnx folders only" in outcome.stderr
+
+
+def test_a_model_folder_in_place_of_a_run_gets_the_way_to_a_comparison(
+    blind: tuple[Run, Path], tiny_folder: Path, run_cli: RunCli
+) -> None:
+    model = tiny_folder / "llm"
+    outcome = run_cli("verify", str(model), str(blind[1]))
+    assert outcome.exit_code == 1
+    for words in ("is a model folder", f"lavintk export {model} --data FORMAT:PATH", "import_model"):
+        assert words in outcome.stderr

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lavintk import __version__
 from lavintk.data.exported import exported_tokenizer, renders_as_trained
 from lavintk.merge import ALL
-from lavintk.model_card import made_from, origin
+from lavintk.model_card import front_matter, made_from, origin, with_provenance
 
 if TYPE_CHECKING:
     from lavintk.models.build import Assembly
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def write_card(out: Path, file: Path, run: Run, assembly: Assembly, condition: str, architecture: Architecture) -> None:
     """Write what ``file`` holds, what it was made from and how it is used."""
     recipe = run.recipe
-    lines = ["---", "library_name: gguf", "tags: [lavintk]", "---", f"# {recipe.name}", ""]
+    known = with_provenance({"base": assembly.base}, run)["base"]
+    lines = [*front_matter("gguf", known, sees=False), f"# {recipe.name}", ""]
     lines += [f"Exported by lavintk {__version__} from {origin(run)}.", "", "## What it holds", ""]
     for line in _contents(file, run, condition, architecture):
         lines += [line, ""]

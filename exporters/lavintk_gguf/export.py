@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 import numpy as np
 from numpy.typing import NDArray
 
@@ -45,6 +46,8 @@ class GgufExporter:
         from gguf import GGUFWriter
 
         assembly = load_on_cpu(run)
+        if assembly.model.vision is not None:
+            click.echo("left out: images. The file holds the text model alone, without vision tower; onnx has both")
         condition = pick_condition(assembly.model, self.options.condition)
         architecture = Architecture.of(assembly.model.language.config)
         plain = PlainModel(assembly.model, condition)

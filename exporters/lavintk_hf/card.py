@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lavintk import __version__
 from lavintk.merge import ALL
-from lavintk.model_card import made_from, origin
+from lavintk.model_card import front_matter, made_from, origin, with_provenance
 
 if TYPE_CHECKING:
     from lavintk.models.build import Assembly
@@ -65,10 +65,11 @@ def write_card(out: Path, run: Run, assembly: Assembly | None, card: Card) -> No
     :param assembly: the loaded run, where it was loaded.
     """
     name = run.recipe.name
-    head = ["---", "library_name: " + ("peft" if card.kind == "peft" else "transformers"), "tags: [lavintk]", "---"]
+    base = assembly.base if assembly is not None else run.manifest.get("base", {})
+    library = "peft" if card.kind == "peft" else "transformers"
+    head = front_matter(library, with_provenance({"base": base}, run)["base"], sees=card.kind == "llava")
     lines = [*head, f"# {name}", "", f"Exported by lavintk {__version__} from {origin(run)}.", ""]
     lines += ["## What it holds", "", *_contents(run, card), "", "## Made from", ""]
-    base = assembly.base if assembly is not None else run.manifest.get("base", {})
     lines += [*made_from(run, base), ""]
     lines += ["The licence of the base holds for this folder too.", "", "## Use", ""]
     lines += ["```python", _USE[card.kind].replace("(folder", '("this folder"').replace(", folder", ', "this folder"')]

@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 import torch
 from safetensors.torch import save_file
 
@@ -54,6 +55,9 @@ class HfExporter:
         condition, dtype = pick_condition(model, wanted), self._dtype(run)
         plain = PlainModel(model, condition)
         kind = _kind(assembly, wanted)
+        if model.vision is not None and kind != "llava":
+            where = "; vision tower and neck lie beside the text model" if kind == "taps" else ""
+            click.echo(f"left out of what transformers loads: images{where}")
         tokenizer = exported_tokenizer(assembly, images=kind == "llava")
         out.mkdir(parents=True, exist_ok=True)
         if kind == "llava":

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -51,6 +52,8 @@ class PeftExporter:
         saved = run.folder / MODEL / ADAPTER
         if not saved.is_dir():
             raise RunError(f"{run.folder} holds no trained weights yet. {how_to_go_on(run.folder)}")
+        if run.recipe.model.vision is not None:
+            click.echo("left out: images. PEFT's folder has no place for vision tower and connector")
         assembly = None
         if _is_peft(saved / CONFIG):
             others = sorted({path.name for path in saved.iterdir()} - {CONFIG, WEIGHTS})

@@ -9,7 +9,7 @@ literal sizes of heads, and an adapter's low-rank path as nodes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lavintk.errors import ModelError
-from lavintk.merge import merged_weight
+from lavintk.folded import SHARED
+from lavintk.merge import LayerUpdates
 from lavintk.models.vocabulary import HEAD
 from lavintk.threads import each
 from lavintk_onnx.graph import MICROSOFT, DataFile, GraphBuilder, Shape, StoredWeight
@@ -36,7 +37,7 @@ from lavintk_onnx.grids import (
     stackable,
     store,
 )
-from lavintk_onnx.updates import LayerUpdates, Side, bias_of, effective_weight, side_of
+from lavintk_onnx.updates import Side, Trained, bias_of, effective_weight, side_of, side_target
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -72,6 +73,9 @@ class DecoderPlan:
     :param accuracy_level: see :func:`lavintk_onnx.grids.product`.
     :param context: tokens that the rotary tables reach.
     :param quantizers: what makes layers of a grid, by grid.
+    :param rounded: layers that were made of folded weights already, by name and condition; see
+        :attr:`lavintk.folded.FoldedDecoder.rounded`.
+    :param trained: what errors are measured against, where that is not the model itself.
     :param exact_norms: keep the norms apart from the sums in front of them. ONNX Runtime's fused operator adds up the
         squares of a row one by one in fp32, which for 576 values is four times less exact than its plain norm.
     """
@@ -82,6 +86,8 @@ class DecoderPlan:
     accuracy_level: int
     context: int
     quantizers: Quantizers = field(default_factory=dict)
+    rounded: Mapping[tuple[str, str], FrozenLinear] = field(default_factory=dict)
+    trained: Trained | None = None
     exact_norms: bool = False
 
 
@@ -223,14 +229,14 @@ class DecoderWriter:
             changed = any(update is not None for update in change)
             where = f"{name}.{condition}" if changed else name
             if self.plan.merge and changed:
-                matrices = self._store(where, self._merged(linears, change))
+                matrices = self._store(where, self._merged(linears, change, condition))
             else:
                 if base is None:
-                    base = [encode_layer(layer, *self._grid(linear)) for layer, linear in zip(layers, linears)]
+                    base = [self._base(linear, condition) for linear in linears]
                     self.copied &= all(weight.copied for weight in base)
                     shared = self._store(name, base)
                 matrices = shared
-                self._compare(base, layers, change)
+                self._compare(base, linears, change, condition)
             bias = bias_of(layers, change)
             side = side_of(layers, change) if changed and not self.plan.merge else None
             made[condition] = Linear(
@@ -240,23 +246,38 @@ class DecoderWriter:
             )
         return made
 
-    def _merged(self, linears: Sequence[str], change: Sequence[AffineUpdate | None]) -> list[EncodedWeight]:
+    def _base(self, linear: str, condition: str) -> EncodedWeight:
+        """Return a layer without any update, as it was rounded already or as it is."""
+        made = self.plan.rounded.get((linear, SHARED)) or self.plan.rounded.get((linear, condition))
+        encoded = encode_layer(made or self._linears[linear], *self._grid(linear))
+        return encoded if made is None else replace(encoded, copied=False)
+
+    def _merged(
+        self, linears: Sequence[str], change: Sequence[AffineUpdate | None], condition: str
+    ) -> list[EncodedWeight]:
         encoded = []
         for linear, update in zip(linears, change):
             exact = effective_weight(self._linears[linear], update)
-            encoded.append(encode(exact, *self._grid(linear)))
+            made = self.plan.rounded.get((linear, condition))
+            if update is None:
+                encoded.append(self._base(linear, condition))
+            elif made is None:
+                encoded.append(encode(exact, *self._grid(linear)))
+            else:
+                encoded.append(encode_layer(made, *self._grid(linear)))
             self.copied = False
             self.error.add(encoded[-1], exact, exact)
         return encoded
 
     def _compare(
-        self, base: Sequence[EncodedWeight], layers: Sequence[FrozenLinear], change: Sequence[AffineUpdate | None]
-    ) -> None:
-        """Take up the error of layers whose update stays beside them: it is that of the base alone."""
-        for weight, layer, update in zip(base, layers, change):
+        self, base: Sequence[EncodedWeight], linears: Sequence[str], change: Sequence[AffineUpdate | None],
+        condition: str,
+    ) -> None:  # fmt: skip
+        """Take up the error of layers whose update stays beside them: base and update against those of the training."""
+        for weight, linear, update in zip(base, linears, change):
             if update is not None:
-                exact = effective_weight(layer, None)
-                self.error.add(weight, exact, merged_weight(exact, [update]))
+                exact, wanted = side_target(self._linears[linear], update, self.plan.trained)
+                self.error.add(weight, exact, wanted)
 
     def _grid(self, linear: str) -> tuple[Grid, Callable[[Tensor], FrozenLinear] | None]:
         grid = self.plan.grid_of(linear)

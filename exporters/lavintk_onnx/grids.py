@@ -103,7 +103,7 @@ def encode(weight: Tensor, grid: Grid, quantize: Callable[[Tensor], FrozenLinear
         return EncodedWeight(grid, shape, {n: np.concatenate([p[n] for p in parts]) for n in parts[0]}, INT8_BLOCK)
     if quantize is None:
         raise ModelError(f"no quantizer is known for the grid {grid}")
-    packed = quantize(weight).packed()
+    packed = quantize(weight.float()).packed()
     encoded = _copied(packed, grid)
     if encoded is None:
         raise ModelError(f"the quantizer made a weight of scheme {packed.scheme!r}, which is not the grid {grid}")

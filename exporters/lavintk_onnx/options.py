@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+CALIBRATION_ROWS = 32
 GRIDS = ("int4", "int8", "nf4", "fp16", "fp32")
 
 
@@ -15,9 +16,12 @@ class OnnxOptions:
     quant: Literal["keep", "int4", "int8", "nf4", "fp16", "fp32"] = field(
         default="keep",
         metadata={
-            "help": "grid of the linear layers; keep: int4 stays int4, everything else becomes int8, which keeps what "
-            "was trained on nf4 and is fast on CPUs"
+            "help": "grid of the linear layers; keep: int4 stays int4, nf4 stays nf4 for the target cuda, everything "
+            "else becomes int8, which keeps what was trained on nf4 and is fast on CPUs"
         },
+    )
+    target: Literal["cpu", "cuda"] = field(
+        default="cpu", metadata={"help": "where the folder will run; decides what quant=keep makes of nf4"}
     )
     embed_quant: Literal["auto", "int4", "int8", "fp16", "fp32"] = field(
         default="auto", metadata={"help": "grid of the embedding; auto: int8, or the type of fp16 and fp32 folders"}
@@ -43,11 +47,16 @@ class OnnxOptions:
     accuracy_level: Literal[0, 1, 4] = field(
         default=4, metadata={"help": "of int4 products: 4 rounds activations to int8 (fast), 0 and 1 compute in fp32"}
     )
-    calibrate: int = field(
-        default=32, metadata={"help": "training rows that int4 rounding has in mind where the grid changes; 0: none"}
+    calibrate: int | None = field(
+        default=None,
+        metadata={
+            "help": "training rows that rounding to int4 has in mind; 0: none. Without it 32 where the grid changes; "
+            "where an adapter is merged into a base that was trained on int4, none"
+        },
     )
     retune: int = field(
-        default=0, metadata={"help": "steps in which the adapter is tuned on the new grid towards the trained model"}
+        default=0,
+        metadata={"help": "steps in which the adapter, beside the base, is tuned on int4 towards the trained model"},
     )
     context_length: int = field(
         default=0, metadata={"help": "tokens that the folder allows for; 0: what the model allows for, at most 32768"}
@@ -55,9 +64,23 @@ class OnnxOptions:
 
     def __post_init__(self) -> None:
         for name in ("calibrate", "retune", "context_length"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.retune and self.adapter == "merge":
+            raise ValueError(
+                f"retune={self.retune} tunes the adapter beside the rounded base; folded into it (adapter=merge) and "
+                "rounded again, what it learned would be lost. Choose adapter=side, or leave retune out"
+            )
         self.patterns()
+
+    @property
+    def calibration_rows(self) -> int:
+        """Training rows that rounding to another grid has in mind."""
+        return CALIBRATION_ROWS if self.calibrate is None else self.calibrate
+
+    def asked_of_data(self) -> list[str]:
+        """Return what was asked for that takes training data, as it was written."""
+        return [f"{name}={getattr(self, name)}" for name in ("retune", "calibrate") if getattr(self, name)]
 
     def patterns(self) -> list[tuple[str, str]]:
         """Return the patterns of :attr:`mixed` with their grids.

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lavintk.errors import ModelError
 from lavintk.merge import merged_bias, merged_weight
 
 if TYPE_CHECKING:
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
 
     from lavintk.contracts import AffineUpdate
     from lavintk.layers import FrozenLinear
-    from lavintk.models.multimodal import MultimodalModel
 
 Change = Sequence["AffineUpdate | None"]
 """The update of each of some linear layers under one condition; None where the adapter leaves a layer alone."""
@@ -32,48 +29,34 @@ class Side:
     up: NDArray[Any]
 
 
-class LayerUpdates:
-    """The adapter's updates of the language model, taken layer by layer; only one layer's are held.
+@dataclass(frozen=True)
+class Trained:
+    """What was trained, where the model in memory was rounded or tuned since.
 
-    :ivar coming: the updates of the next layer that the adapter changes; empty behind the last one.
+    :param layers: by name, those that are other ones now.
+    :param updates: the adapter's, by layer and condition.
     """
 
-    def __init__(self, model: MultimodalModel) -> None:
-        updates: Iterator[AffineUpdate] = model.adapter.affine_updates("language.") if model.adapter else iter(())
-        self._layers = groupby(updates, key=lambda update: update.linear.rsplit(".", 2)[0])
-        self._read()
-
-    def take(self, layer: str) -> dict[tuple[str, str], AffineUpdate]:
-        """Return the updates of a decoder layer by linear layer and condition; layers are asked for in order.
-
-        :param layer: for example ``language.model.layers.0``.
-        """
-        if layer != self._layer:
-            return {}
-        taken = {(update.linear, update.condition): update for update in self.coming}
-        self._read()
-        return taken
-
-    def check_all_taken(self) -> None:
-        """Make sure that nothing the adapter changes was left out.
-
-        :raises ModelError: the adapter changes a layer that the graph does not have, or goes through them out of order.
-        """
-        if self.coming:
-            raise ModelError(
-                f"the adapter changes {self.coming[0].linear}, which the exporter has not asked for: affine_updates() "
-                "must go through the decoder layers in order and may change their linear layers only"
-            )
-
-    def _read(self) -> None:
-        layer, updates = next(self._layers, ("", iter(())))
-        self._layer: str = layer
-        self.coming: list[AffineUpdate] = list(updates)
+    layers: Mapping[str, FrozenLinear]
+    updates: Mapping[tuple[str, str], AffineUpdate]
 
 
 def effective_weight(layer: FrozenLinear, update: AffineUpdate | None) -> Tensor:
     """Return the weight ``[out, in]`` that layer and update have together, fp32."""
     return merged_weight(layer.dequantize(torch.float32).cpu(), [] if update is None else [update])
+
+
+def side_target(layer: FrozenLinear, update: AffineUpdate, trained: Trained | None) -> tuple[Tensor, Tensor]:
+    """Return what a base should be beside ``update``, and the whole weight that was trained, both ``[out, in]``, fp32.
+
+    With an update that is not the trained one any more, what the base lacks is its own error and the update's.
+    """
+    before = update if trained is None else trained.updates[update.linear, update.condition]
+    base = effective_weight(layer if trained is None else trained.layers.get(update.linear, layer), None)
+    wanted = merged_weight(base, [before])
+    if before is update:
+        return base, wanted
+    return merged_weight(wanted, [replace(update, up=-update.up)]), wanted
 
 
 def bias_of(layers: Sequence[FrozenLinear], change: Change) -> NDArray[Any] | None:

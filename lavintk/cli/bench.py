@@ -78,4 +78,9 @@ def _show(speed: Speed) -> None:
     click.echo(f"peak memory          {speed.peak_memory_bytes / 1e6:,.0f} MB of the process")
     click.echo(f"folder               {speed.folder_bytes / 1e6:,.1f} MB")
     for name, size in speed.sizes.items():
-        click.echo(f"  {name}  {size / 1e6:,.1f} MB")
+        click.echo(f"  {name}  {_size(size)}")
+
+
+def _size(count: int) -> str:
+    """Return a file's size; graphs without their weights have less than a megabyte."""
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"

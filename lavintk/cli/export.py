@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 @click.option("--format", "format_", default="onnx", show_default=True, help="onnx, hf, peft, gguf, ... with options.")
 @click.option("--out", type=click.Path(path_type=Path), help="New folder.  [default: RUN-FORMAT or MODEL-FORMAT]")
 @click.option("--quant", help="Grid of the linear layers: int4, int8, nf4, fp16, fp32.  [default: keep the trained]")
+@click.option("--target", help="Where the folder will run, cpu or cuda: what was trained on nf4 stays nf4 for cuda.")
 @click.option("--embed-quant", help="Grid of the embedding.")
 @click.option("--head-quant", help="Grid of the output head.")
 @click.option("--adapter", help="merge, side or auto.")

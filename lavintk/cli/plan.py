@@ -40,12 +40,14 @@ def plan(
     from lavintk.errors import RecipeError
     from lavintk.fitting import Fit, free_memory, parse_size
     from lavintk.fitting import fit as make_fit
+    from lavintk.kernels.choice import check_environment
     from lavintk.plan import find_card
     from lavintk.plan import plan as make_plan
     from lavintk.plugins import installed_plugins
 
     if host is not None and fit is None:
         raise RecipeError("--host", ["it goes with --fit"])
+    check_environment()
     card = None if gpu is None else find_card(gpu)
     on_host = None if host is None else parse_size(host, "--host")
     limit = None if fit in (None, "auto") else parse_size(str(fit))
@@ -58,38 +60,34 @@ def plan(
         click.echo(json.dumps(_as_json(found, card), indent=2))
         return
     console = Console()
-    console.print(_table(found.plan, resolved.name))
+    sizes = f"{found.plan.tokens} tokens in a micro-batch, {found.plan.micro_batches} micro-batches in a step"
+    console.print(
+        f"{resolved.name}: {sizes}, engine {found.plan.engine}", highlight=False, markup=False, soft_wrap=True
+    )
+    console.print(_table(found.plan))
     if fit is not None:
         _print_steps(found, fit, card, gpu, console)
-    if card is not None:
-        seconds = found.plan.seconds(card)
-        console.print(
-            f"{gpu}: {1e3 * seconds:,.0f} ms per micro-batch of {found.plan.tokens} tokens, "
-            f"{found.plan.step_seconds(card):.2f} s per step of {found.plan.micro_batches}, "
-            f"{found.plan.tokens / seconds:,.0f} tokens/s",
-            highlight=False,
-        )
+    if card is not None and gpu is not None:
+        _print_card(found.plan, card, gpu, console)
 
 
-def _table(found: Plan, name: str) -> Table:
+def _table(found: Plan) -> Table:
     from rich.table import Table
 
     from lavintk.plan import CONTEXT, GIB
 
     table = Table()
-    table.add_column(
-        f"{name}: peak of GPU memory, {found.tokens} tokens per micro-batch, {found.micro_batches} per step, "
-        f"engine {found.engine}"
-    )
+    table.add_column("GPU memory at the peak")
     table.add_column("GiB", justify="right")
     for item, size in found.items.items():
         table.add_row(item, f"{size / GIB:.2f}")
     table.add_section()
-    table.add_row("allocated", f"{found.allocated / GIB:.2f}")
-    table.add_row("held beyond that, CUDA context", f"{(found.device - found.allocated) / GIB:.2f}")
-    table.add_row(f"in all (context {CONTEXT / GIB:.2f})", f"{found.device / GIB:.2f}")
+    table.add_row("allocated by torch", f"{found.allocated / GIB:.2f}")
+    table.add_row("held by its allocator beyond that", f"{found.held / GIB:.2f}")
+    table.add_row("CUDA context", f"{CONTEXT / GIB:.2f}")
+    table.add_row("in all", f"{found.device / GIB:.2f}", style="bold", end_section=True)
     for item, size in found.host.items():
-        table.add_row(f"on the host: {item}", f"{size / GIB:.2f}")
+        table.add_row(f"in host memory: {item}", f"{size / GIB:.2f}")
     return table
 
 
@@ -103,22 +101,49 @@ def _print_steps(found: Fit, size: str, card: Card | None, gpu: str | None, cons
     before = found.before
     for step in found.steps:
         said = f"{before.device / GIB:.2f} -> {step.plan.device / GIB:.2f} GiB"
-        if card is not None:
+        if card is not None and not before.untimed and not step.plan.untimed:
             said += f", {before.step_seconds(card):.2f} -> {step.plan.step_seconds(card):.2f} s per step on {gpu}"
-        flags = " ".join(as_flags(step.changes))
-        console.print(f"{flags}\n    {said}: {step.cost}", highlight=False, markup=False, soft_wrap=True)
+        flags = " ".join(as_flags(step.level.changes))
+        console.print(f"{flags}\n    {said}: {step.level.cost}", highlight=False, markup=False, soft_wrap=True)
         before = step.plan
     flags = " ".join(as_flags(found.changes))
     console.print(f"to fit into {size}: {flags}", highlight=False, markup=False, soft_wrap=True)
 
 
+def _print_card(found: Plan, card: Card, gpu: str, console: Console) -> None:
+    """Say whether the card has the memory, and how long a step takes on it."""
+    from lavintk.plan import GIB
+
+    lacking = found.device - card.gib * GIB
+    if lacking > 0:
+        advice = f"--fit {card.gib}GB changes the recipe until it fits"
+        said = f"{gpu}: {lacking / GIB:.2f} GiB more than it has ({card.gib} GiB); {advice}"
+        console.print(said, highlight=False, soft_wrap=True)
+    seconds = found.seconds(card)
+    if found.untimed:
+        said = f"no time is foretold: {found.untimed}"
+    else:
+        said = (
+            f"{'if it fitted, ' if lacking > 0 else ''}{1e3 * seconds:,.0f} ms per micro-batch, "
+            f"{found.step_seconds(card):.2f} s per step, {found.tokens / seconds:,.0f} tokens/s"
+        )
+    console.print(f"{gpu}: {said}", highlight=False, soft_wrap=True)
+
+
 def _as_json(found: Fit, card: Card | None) -> dict[str, Any]:
+    from lavintk.plan import GIB
+
     plan = found.plan
+    timed = card if not plan.untimed else None
     return {
         "tokens": plan.tokens, "micro_batches": plan.micro_batches, "engine": plan.engine, "items": dict(plan.items),
         "host": dict(plan.host), "allocated": plan.allocated, "device": plan.device, "on_host": plan.on_host,
         "changes": found.changes, "flags": as_flags(found.changes),
-        "steps": [{"changes": dict(s.changes), "cost": s.cost, "device": s.plan.device} for s in found.steps],
-        "seconds": None if card is None else plan.seconds(card),
-        "step_seconds": None if card is None else plan.step_seconds(card),
+        "steps": [
+            {"changes": dict(s.level.changes), "cost": s.level.cost, "device": s.plan.device} for s in found.steps
+        ],
+        "fits": None if card is None else plan.device <= card.gib * GIB,
+        "seconds": None if timed is None else plan.seconds(timed),
+        "step_seconds": None if timed is None else plan.step_seconds(timed),
+        "untimed": plan.untimed,
     }  # fmt: skip

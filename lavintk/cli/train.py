@@ -150,6 +150,7 @@ def train(
     from rich.console import Console
 
     from lavintk.errors import RecipeError
+    from lavintk.machine import check_machine
 
     console = Console()
     if resume is not None:
@@ -159,6 +160,7 @@ def train(
     if host is not None and fit is None:
         raise RecipeError("--host", ["it goes with --fit"])
     resolved = resolve(recipe, assignments, flags)
+    check_machine(resolved)
     if fit is not None:
         resolved = fitted(resolved, fit, host, console)
     if dry_run:
@@ -173,15 +175,19 @@ def train(
 def fitted(recipe: Recipe, size: str, host: str | None, console: Any) -> Recipe:
     """Return the recipe changed to fit into ``size`` on the device and ``host`` on the host, and say what was changed.
 
-    :raises RecipeError: it cannot be made to fit.
+    :raises RecipeError: it cannot be made to fit, or is to run on a CPU.
     """
     import psutil
 
-    from lavintk.fitting import fit, free_memory, parse_size
+    from lavintk.fitting import cuda_device, fit, free_memory, parse_size
     from lavintk.plan import GIB
     from lavintk.plugins import installed_plugins
 
-    limit = free_memory(recipe) if size == "auto" else parse_size(size)
+    if size == "auto":
+        limit = free_memory(recipe)
+    else:
+        limit = parse_size(size)
+        cuda_device(recipe, f"--fit {size}")
     on_host = psutil.virtual_memory().available if host is None else parse_size(host, "--host")
     found = fit(recipe, installed_plugins(), limit, on_host)
     changes = " ".join(as_flags(found.changes)) or "nothing had to be changed"

@@ -48,17 +48,26 @@ def verify(
     """Compare the exported folder DIR with the trained model of RUN; out of bounds is an error."""
     from rich.console import Console
 
-    from lavintk.errors import ModelError
-    from lavintk.run import Run
+    from lavintk.errors import ModelError, RunError
+    from lavintk.importing import MODEL_CONFIG
+    from lavintk.run import MANIFEST, RECIPE, Run
     from lavintk.runtime.manifest import Manifest
     from lavintk.verify import record
     from lavintk.verify import verify as compare
 
     Manifest.read(folder)  # a wrong path shows before the model is loaded
-    opened = Run.open(run).load("cpu")
-    found = compare(
-        opened, folder, records=records, data=data, split=split, tokens=tokens, accuracy=accuracy, threads=threads
-    )
+    if (run / MODEL_CONFIG).is_file() and not any((run / name).is_file() for name in (RECIPE, MANIFEST)):
+        raise RunError(
+            f"{run} is a model folder, and an exported folder is compared with a run. Export the model with records, "
+            f"and what is written is compared: lavintk export {run} --data FORMAT:PATH. A lasting run of it, which "
+            "this command takes, is made by lavintk.importing.import_model in Python."
+        )
+    with Console(stderr=True).status(f"loading {run} as it was trained") as status:
+        opened = Run.open(run).load("cpu")
+        found = compare(
+            opened, folder, records=records, data=data, split=split, tokens=tokens, accuracy=accuracy, threads=threads,
+            say=lambda words: status.update(f"comparing: {words}"),
+        )  # fmt: skip
     faults = found.faults()
     if keep:
         record(folder, found, opened)

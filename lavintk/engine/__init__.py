@@ -8,7 +8,7 @@ the same gradients up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -55,7 +55,12 @@ class Engine(Protocol):
 
 
 def choose_engine(
-    setting: str, model: MultimodalModel, scaler: torch.amp.GradScaler, capacity: int, seed: int = 0
+    setting: str,
+    model: MultimodalModel,
+    scaler: torch.amp.GradScaler,
+    capacity: int,
+    seed: int = 0,
+    say: Callable[[str], None] | None = None,
 ) -> tuple[Engine, str]:
     """Return the engine for ``setting``, and why it is not a faster one.
 
@@ -63,18 +68,19 @@ def choose_engine(
     :param scaler: scales losses; disabled outside of fp16.
     :param capacity: tokens of a full micro-batch.
     :param seed: of dropout.
+    :param say: takes notes on the steps, a line each; None: nobody is told.
     :raises RecipeError: ``graph`` is asked for and cannot be.
     """
     if setting == "eager":
         return EagerEngine(model, scaler), ""
     reason = why_not_recordable(model)
     if setting == "layerwise" or (setting == "auto" and model.stream is not None):
-        layers = EagerLayers(model) if reason else RecordedLayers(model, capacity)
-        return LayerwiseEngine(model, scaler, layers, seed), f"without CUDA graphs: {reason}" if reason else ""
+        layers = EagerLayers(model) if reason else RecordedLayers(model, capacity, say)
+        return LayerwiseEngine(model, scaler, layers, seed), f"layers are not recorded: {reason}" if reason else ""
     if model.stream is not None:
         reason = "the base is streamed, and its layers take turns in the device's memory"
     if not reason:
-        return GraphEngine(model, scaler, capacity, seed), ""
+        return GraphEngine(model, scaler, capacity, seed, say), ""
     if setting == "graph":
         raise RecipeError("train.engine", [f"'graph' was asked for, but {reason}"], "Use --engine auto or eager.")
     return EagerEngine(model, scaler), reason
@@ -83,6 +89,8 @@ def choose_engine(
 def without_graphs(engine: Engine) -> Engine:
     """Return the engine that computes the same without recording anything."""
     assert isinstance(engine, GraphEngine | LayerwiseEngine)
+    if engine.model.offload is not None:  # a recording that failed half-way has left tensors there
+        engine.model.offload.forget()
     if isinstance(engine, LayerwiseEngine):
         return LayerwiseEngine(engine.model, engine.scaler, EagerLayers(engine.model), engine.seed)
     return EagerEngine(engine.model, engine.scaler)

@@ -14,6 +14,7 @@ from lavintk.data.batch import Batch
 from lavintk.data.pack import Pack, PackShape
 from lavintk.engine.randomness import RecordedRandomness, Run, recompute_without_randomness
 from lavintk.engine.recorder import Recorder, keep_gradients
+from lavintk.engine.shape_limit import ShapeLimit
 from lavintk.models.multimodal import MultimodalModel, Recompute, recompute
 
 WARM_UPS = 2
@@ -63,16 +64,25 @@ class GraphEngine:
     """Replays one graph per shape of micro-batch; a shape's first micro-batch takes a few seconds longer.
 
     :param capacity: tokens of a full micro-batch. :param seed: of dropout.
+    :param say: is told, once, of shapes that are too many to be recorded.
     """
 
     name = "graph"
     records = True
 
-    def __init__(self, model: MultimodalModel, scaler: torch.amp.GradScaler, capacity: int, seed: int) -> None:
+    def __init__(
+        self,
+        model: MultimodalModel,
+        scaler: torch.amp.GradScaler,
+        capacity: int,
+        seed: int,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
         self.model, self.scaler, self.capacity = model, scaler, capacity
         tokens = model.adapter.side_tokens() if model.adapter else None
         self._side = 0 if tokens is None else len(tokens)
         self._recorded: dict[PackShape, RecordedStep] = {}
+        self._limit = ShapeLimit(MOST_GRAPHS, say)
         self._recorder = Recorder(model.device)
         self._seed = seed
         self._trained = list(model.trainable().values())
@@ -85,7 +95,7 @@ class GraphEngine:
         for index, batch in enumerate(window):
             shape = PackShape.of(batch, self.capacity, self.model.visual_tokens, self._side)
             pack = Pack.of(batch, shape, self._side)
-            if shape not in self._recorded and len(self._recorded) >= MOST_GRAPHS:
+            if shape not in self._recorded and not self._limit.admits(len(self._recorded)):
                 loss = self._run_eagerly(pack, factor)
             else:
                 if shape not in self._recorded:

@@ -19,6 +19,7 @@ from lavintk.data.batch import Batch
 from lavintk.data.pack import Pack, PackShape
 from lavintk.engine.randomness import random_state_kept
 from lavintk.engine.recorder import Recorder, keep_gradients
+from lavintk.engine.shape_limit import ShapeLimit
 from lavintk.models.attention import PackPlan
 from lavintk.models.decoder_layer import Place
 from lavintk.models.multimodal import ForwardContext, MultimodalModel, Passage
@@ -60,15 +61,17 @@ class RecordedLayers:
     Random numbers come from torch's default generator: who seeds it before both passes of a layer gets the same ones.
 
     :param capacity: tokens of a full micro-batch.
+    :param say: is told, once, of shapes that are too many to be recorded.
     """
 
     records = True
 
-    def __init__(self, model: MultimodalModel, capacity: int) -> None:
+    def __init__(self, model: MultimodalModel, capacity: int, say: Callable[[str], None] | None = None) -> None:
         self._model, self._capacity = model, capacity
         tokens = model.adapter.side_tokens() if model.adapter else None
         self._side = 0 if tokens is None else len(tokens)
         self._stages: dict[tuple[int, int], _Stage] = {}
+        self._limit = ShapeLimit(MOST_SHAPES, say)
         self._recorder = Recorder(model.device)
         self._trained = list(model.trainable().values())
         self._eager = EagerLayers(model)
@@ -111,7 +114,7 @@ class RecordedLayers:
         assert isinstance(plan, PackPlan)
         shape = states.shape[1], plan.boundaries.numel()
         if shape not in self._stages:
-            if len(self._stages) >= MOST_SHAPES:
+            if not self._limit.admits(len(self._stages)):
                 return None
             self._stages[shape] = _Stage.of(states, passage, plan)
         return self._stages[shape]

@@ -42,6 +42,14 @@ def parse(text: str) -> frozenset[str]:
     return frozenset(names)
 
 
+def check_environment() -> None:
+    """Check what the environment asks for, also where no kernel will be wanted.
+
+    :raises LavintkError: it names an unknown kernel.
+    """
+    parse(os.environ.get(VARIABLE, ""))
+
+
 @cache
 def _from_environment() -> frozenset[str]:
     """Return what the environment asks for, read when a kernel is first wanted and never again."""

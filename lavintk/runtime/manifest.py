@@ -117,6 +117,11 @@ def _read_description(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         found = "does not exist" if not folder.exists() else f"has no {DESCRIPTION}"
         found = "is a file" if folder.is_file() else found
+        if program := _whose(folder):
+            raise ModelError(
+                f"{folder} {found}: it is a folder for {program}. lavintk runs, measures and compares onnx folders "
+                "only; `lavintk export RUN --format onnx` makes one"
+            )
         raise ModelError(f"{folder} {found}, so it is no exported folder; `lavintk export RUN` makes one")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -130,6 +135,14 @@ def _read_description(folder: Path) -> dict[str, Any]:
             f"this version reads format {FORMAT}. Export the run anew, or install the version that wrote it."
         )
     return content
+
+
+def _whose(folder: Path) -> str:
+    """Return the program whose model files lie in ``folder``; empty where there are none."""
+    for pattern, program in (("adapter_config.json", "PEFT"), ("*.gguf", "llama.cpp"), ("config.json", "transformers")):
+        if next(folder.glob(pattern), None) is not None:
+            return program
+    return ""
 
 
 def _section(content: Mapping[str, Any], name: str, faults: list[str]) -> Mapping[str, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,6 @@ from lavintk.verify.report import Bounds, Likeness, Scores, Verification
 
 CHUNK = 64
 """Positions whose distributions are compared at a time: 128k words make 64 MB of float64."""
-TIMED_TOKENS = 32
-"""Most tokens that are decoded to see how long it takes."""
 BATCH_SIZE = 8
 FREE_TEXT = (
     "Please describe, in several long sentences, what a small town by the sea looks like early in the morning: the "
@@ -55,15 +53,17 @@ def verify(
     tokens: int = 64,
     accuracy: int = 0,
     threads: int | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Verification:
     """Compare the folder with the loaded model of ``run``.
 
     :param records: to compare on, drawn with a fixed seed.
     :param data: by default the run's test data, else its validation data, else the last of its training data.
     :param split: of ``data``; by default that of the recipe.
-    :param tokens: longest greedy answer.
+    :param tokens: longest greedy answer, and length of the greedy texts that no end token stops.
     :param accuracy: questions that both answer in the recipe's evaluation; 0 for none.
     :param threads: onnxruntime's, as in :func:`lavintk.runtime.load`.
+    :param say: told what is being done, a few words at a time.
     :raises RunError: the folder was made from other base weights, a number is out of range, or there is no record.
     :raises ModelError: the folder cannot be run, or its vocabulary is another.
     :raises DataError: records cannot be used.
@@ -80,7 +80,7 @@ def verify(
     _check_base(run, folder, exported.manifest.content)
     source = HeldOut.of(run, data, split)
     drawn = source.draw(records)
-    return _Comparison(run.assembly, exported, tokens, list(source.notes)).run(
+    return _Comparison(run.assembly, exported, tokens, list(source.notes), say or (lambda words: None)).run(
         run, source, drawn, quant, accuracy=accuracy, started=started
     )
 
@@ -101,8 +101,10 @@ def _check_base(run: Run, folder: Path, content: Mapping[str, Any]) -> None:
 class _Comparison:
     """The trained model beside the exported one."""
 
-    def __init__(self, assembly: Assembly, exported: ExportedModel, tokens: int, notes: list[str]) -> None:
-        self.assembly, self.exported, self.tokens, self.notes = assembly, exported, tokens, notes
+    def __init__(
+        self, assembly: Assembly, exported: ExportedModel, tokens: int, notes: list[str], say: Callable[[str], None]
+    ) -> None:
+        self.assembly, self.exported, self.tokens, self.notes, self.say = assembly, exported, tokens, notes, say
         self.trained = Answerer(assembly, BATCH_SIZE)
         limits = [self.trained.context_length, exported.context_length]
         self.context = min([limit for limit in limits if limit is not None], default=2**31)
@@ -124,12 +126,16 @@ class _Comparison:
         kept, rows = self._rows(drawn, run.recipe.data.max_length, run.recipe.data.too_long == "truncate")
         prompts = sum(self._same_tokens(record) for record in kept) / len(kept)
         whole, parts = self.likeness(rows)
+        self.say(f"greedy answers to {len(kept)} prompts")
         ours, theirs = self._answers(kept)
         free = self._free_text()
-        free_ours, free_theirs = self._answers(free)
-        speeds = self._decode_speeds(free[0]) if free else (None, None)
+        self.say(f"{len(free)} greedy texts of {self.tokens} tokens")
+        timed = [self._unstopped(record) for record in free]
+        free_ours, free_theirs = ([pair[side].ids for pair in timed] for side in (0, 1))
+        speeds = [_rate([pair[side] for pair in timed]) for side in (0, 1)]
         files = sorted(path for path in self.exported.manifest.folder.rglob("*") if path.is_file())
         folder = self.exported.manifest.folder
+        self.say("the folder's answers once more, read at once" if not accuracy else f"{accuracy} questions")
         return Verification(
             data=f"{source.choice}, split {source.split}",
             quant=dict(quant),
@@ -181,7 +187,8 @@ class _Comparison:
     def likeness(self, rows: Sequence[TokenizedRecord]) -> tuple[Likeness, dict[str, Likeness]]:
         """Return the likeness over all rows, and that of each modality."""
         whole, parts = Figures(), dict[str, Figures]()
-        for row in rows:
+        for number, row in enumerate(rows, 1):
+            self.say(f"distributions of row {number} of {len(rows)}")
             part = parts.setdefault("image" if row.condition == IMAGE else "text", Figures())
             figures = self._compared(row)
             for sums in (whole, part):
@@ -214,6 +221,13 @@ class _Comparison:
         )
         return [ids[:n] for ids, n in zip(ours, room)], [ids[:n] for ids, n in zip(theirs, room)]
 
+    def _unstopped(self, record: Record) -> tuple[_Timed, _Timed]:
+        """Return both models' greedy text of :attr:`tokens` tokens: an end token is one like any other."""
+        row = self.assembly.template.prompt(record)
+        batch = collate([row], self.assembly.images).to(self.assembly.model.device)
+        steps = generate_tokens(self.assembly.model, batch, max_new_tokens=self.tokens, stop=frozenset())
+        return _timed(steps), _timed(self.exported.steps([row], self.tokens))
+
     def _free_text(self) -> list[Record]:
         """Return the free prompts, shortened until they fit into the context with their answers."""
         fitting = []
@@ -229,16 +243,6 @@ class _Comparison:
             missing = len(FREE_TEXT) - len(fitting)
             self.notes.append(f"{missing} of the free prompts do not fit into {self.context} tokens")
         return fitting
-
-    def _decode_speeds(self, record: Record) -> tuple[float | None, float | None]:
-        """Return tokens per second of torch and of the folder, of one row from the first new token on, unstopped."""
-        count = min(self.tokens, TIMED_TOKENS)
-        if count < 2:
-            return None, None
-        row = self.assembly.template.prompt(record)
-        batch = collate([row], self.assembly.images).to(self.assembly.model.device)
-        trained = generate_tokens(self.assembly.model, batch, max_new_tokens=count, stop=frozenset())
-        return _rate(trained), _rate(self.exported.steps([row], count))
 
     def _cache_agreement(self, records: Sequence[Record], answers: Sequence[Sequence[int]]) -> float:
         """Return the share of the answers' tokens that the folder chooses again when it reads them at once."""
@@ -267,9 +271,26 @@ class _Comparison:
         )
 
 
-def _rate(steps: Iterator[list[int | None]]) -> float:
-    """Return steps per second behind the first one."""
-    next(steps)
+@dataclass(frozen=True)
+class _Timed:
+    """A decoded text.
+
+    :param seconds: from the first token to the last.
+    """
+
+    ids: list[int]
+    seconds: float
+
+
+def _timed(steps: Iterator[list[int | None]]) -> _Timed:
+    """Decode one row."""
+    first = next(steps)
     started = time.perf_counter()
-    count = sum(1 for _ in steps)
-    return count / (time.perf_counter() - started)
+    ids = [token for step in (first, *steps) for token in step if token is not None]
+    return _Timed(ids, time.perf_counter() - started)
+
+
+def _rate(texts: Sequence[_Timed]) -> float | None:
+    """Return tokens per second behind the first one; None where there are none."""
+    count = sum(len(text.ids) - 1 for text in texts)
+    return count / sum(text.seconds for text in texts) if count else None

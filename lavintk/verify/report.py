@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from lavintk.run import Run
 
+FREE = "greedy free text, not stopped at end tokens"
 CACHE_AGREEMENT = 0.9
 """Least share of its own answers' tokens that a sound folder chooses again when it reads them at once. Where
 activations are rounded too, near ties fall either way; a cache at fault loses most."""
@@ -41,7 +42,11 @@ class Bounds:
     def of(cls, quant: Mapping[str, Any]) -> Bounds:
         """Return the bounds of a folder's grid.
 
-        :param quant: of ``lavintk_export.json``: ``grid``, and ``copied``, whether it is the one trained on.
+        What rounding to 4 bits may cost is three to five times what it does to the demo run and half again what it does
+        to SmolLM2-135M; see the figures beside the bounds in docs/export.md.
+
+        :param quant: of ``lavintk_export.json``: ``grid``; ``copied``, whether its codes are those trained on;
+            ``calibrated``, whether it was rounded with training rows in mind; ``trained``, the training's quantizer.
         :raises ModelError: the grid is unknown.
         """
         grid, copied = quant.get("grid"), bool(quant.get("copied"))
@@ -49,7 +54,11 @@ class Bounds:
             return cls(kl=1e-4, top1=0.99)
         if grid == "int8" or (grid in ("int4", "nf4") and copied):
             return cls(kl=0.05, top1=0.9)
-        if grid in ("int4", "nf4"):
+        if grid == "int4" and quant.get("calibrated"):
+            return cls(kl=0.1, top1=0.75)
+        if grid == "int4" or (grid == "nf4" and str(quant.get("trained")).startswith("nf4")):
+            return cls(kl=0.3, top1=0.65)
+        if grid == "nf4":
             return cls(kl=0.5, top1=0.6)
         raise ModelError(f"no bounds are known for the grid {grid!r}, only for int4, int8, nf4, fp16 and fp32")
 
@@ -89,6 +98,12 @@ class Continuations:
     common_prefix: float
     tokens: float
 
+    def __str__(self) -> str:
+        return (
+            f"{self.identical:.1%} of {self.answers} identical, together for {self.common_prefix:.1f} of "
+            f"{self.tokens:.1f} tokens"
+        )
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -112,8 +127,9 @@ class Verification:
     :param quant: of the folder, as ``lavintk_export.json`` says.
     :param prompts: share of records that become the same tokens in the folder as in training.
     :param parts: likeness by modality, ``"text"`` and ``"image"``, where there are rows of it.
-    :param answers: greedy answers to the records; ``free_text``: to
-        :data:`~lavintk.verify.compare.FREE_TEXT`, None where no prompt fits.
+    :param answers: greedy answers to the records.
+    :param free_text: greedy texts behind :data:`~lavintk.verify.compare.FREE_TEXT` that no end token stops, so that
+        all of the tokens asked for are compared; None where no prompt fits.
     :param cache_agreement: share of tokens of its answers that the folder chooses again when it reads them at once.
     :param trained_tokens_per_second: decoded by torch, one row, from the first new token on.
     :param exported_tokens_per_second: decoded by onnxruntime, likewise; None where no free prompt fits.
@@ -158,6 +174,20 @@ class Verification:
             )
         return found
 
+    def verdict(self) -> list[str]:
+        """Return what counts, with the bounds of the folder's grid, in a few lines."""
+        bound = Bounds.of(self.quant)
+        within = "out of bounds" if self.faults() else "within bounds"
+        divergence = ", ".join(f"{part.divergence:.1e} {name}" for name, part in self.parts.items())
+        same = ", ".join(f"{part.agreement:.1%} {name}" for name, part in self.parts.items())
+        lines = [
+            f"{within}: KL {divergence} (at most {bound.kl:g}); the same first choice {same} (at least "
+            f"{bound.top1:.0%}), at {self.whole.positions:,} positions of {self.whole.rows} rows",
+            f"greedy answers: {self.answers}",
+        ]
+        lines += [] if self.free_text is None else [f"{FREE}: {self.free_text}"]
+        return [*lines, *self.notes]
+
     def as_json(self) -> dict[str, Any]:
         """Return the figures as JSON takes them; what is not finite is None."""
         figures = _finite(asdict(self))
@@ -178,12 +208,9 @@ class Verification:
 
     def _lines(self) -> list[str]:
         lines = [f"same prompt tokens: {self.prompts:.1%} of the records"]
-        for name, found in (("answers", self.answers), ("free text", self.free_text)):
-            if found is not None:
-                lines.append(
-                    f"greedy {name}: {found.identical:.1%} of {found.answers} identical, together for "
-                    f"{found.common_prefix:.1f} of {found.tokens:.1f} tokens"
-                )
+        lines.append(f"greedy answers: {self.answers}")
+        if self.free_text is not None:
+            lines.append(f"{FREE}: {self.free_text}")
         lines.append(f"token by token as at once: {self.cache_agreement:.1%}")
         if self.scores is not None:
             both = ", ".join(
