@@ -126,7 +126,9 @@ class TrainSection(Section):
     eps: float = Field(1e-8, gt=0, description="what AdamW adds to its denominator")
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null for none")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="compute type; auto: bf16 on CUDA devices that have it, fp16 on others, fp32 on a CPU"
+        "auto",
+        description="compute type; auto: bf16 on CUDA devices and CPUs that multiply it, fp16 on other CUDA devices, "
+        "fp32 on other CPUs",
     )
     checkpointing: Annotated[Literal["auto"] | bool | int, PlainValidator(_to_checkpointing)] = Field(
         "auto",

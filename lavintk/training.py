@@ -141,7 +141,7 @@ class Trainer:
 
         The manifest changes only when all of that has gone well.
         """
-        self._choose_device()
+        self._choose_device(resume)
         if resume:
             check_resumable(self.run)
         records = self._read_records()
@@ -186,10 +186,13 @@ class Trainer:
         )
         self._call("lavintk_evaluation_finished", step=self.state.step, name=settings.name.name, scores=scores)
 
-    def _choose_device(self) -> None:
+    def _choose_device(self, resume: bool) -> None:
         settings = self.recipe.train
         self.device = pick_device(settings.device)
-        self.dtype = pick_precision(settings.precision, self.device)
+        self.dtype = pick_precision(settings.precision, self.device, training=True)
+        begun_in = self.run.trained_in() if resume and self.run.trained_on() == self.device.type else None
+        if settings.precision == "auto" and begun_in is not None:
+            self.dtype = begun_in  # another machine's processor may multiply other types
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def _read_records(self) -> tuple[list[Record], list[Record]]:

@@ -1,4 +1,4 @@
-"""Torch's allocator is settled before a CUDA device is used, unless the user did."""
+"""What is computed in; torch's allocator is settled before a CUDA device is used, unless the user did."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from lavintk.devices import ALLOCATOR_CALLS, ALLOCATOR_SETTINGS, pick_device
+from lavintk.devices import ALLOCATOR_CALLS, ALLOCATOR_SETTINGS, cpu_multiplies_bf16, pick_device, pick_precision
 
 
 @pytest.fixture
@@ -25,6 +26,24 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(platform, "release", lambda: "6.8.0-generic")
     return told
+
+
+@pytest.mark.parametrize(("avx512_bf16", "amx"), [(False, False), (True, False), (False, True)])
+def test_training_on_a_cpu_is_in_bf16_where_the_cpu_multiplies_it(
+    avx512_bf16: bool, amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    cpu = torch.device("cpu")
+    assert pick_precision("auto", cpu, training=True) == (torch.bfloat16 if avx512_bf16 or amx else torch.float32)
+    assert pick_precision("auto", cpu) == torch.float32  # what is compared with exports
+    assert pick_precision("fp32", cpu, training=True) == torch.float32
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="only Linux tells what the processor has")
+def test_what_torch_says_of_the_cpu_is_what_the_system_says() -> None:
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    assert cpu_multiplies_bf16() == bool(flags & {"avx512_bf16", "amx_tile"})
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])

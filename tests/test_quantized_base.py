@@ -642,13 +642,14 @@ def test_models_quantize_makes_what_a_run_would_keep(
     folders: dict[str, Path], quant: str, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = load(folders["qwen2"], quant, cache=False)
-    outcome = run_cli("models", "quantize", str(folders["qwen2"]), "--quant", quant)
+    command = ("models", "quantize", str(folders["qwen2"]), "--quant", quant, "--precision", "fp32")
+    outcome = run_cli(*command)
     assert outcome.exit_code == 0, outcome.stderr
     assert outcome.stdout.splitlines()[0] == str(the_entry().folder)
     assert "made in" in outcome.stdout
     monkeypatch.setattr(FileSource, "read", no_weights)
     assert bits(load(folders["qwen2"], quant, cache="auto")) == bits(expected)
-    assert "there already" in run_cli("models", "quantize", str(folders["qwen2"]), "--quant", quant).stdout
+    assert "there already" in run_cli(*command).stdout
     listed = run_cli("models", "list").stdout
     assert the_entry().folder.name in listed.replace("\n", "")
     assert quant in listed
@@ -657,8 +658,8 @@ def test_models_quantize_makes_what_a_run_would_keep(
 def test_a_base_made_elsewhere_can_be_copied_into_the_cache(
     folders: dict[str, Path], tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ("models", "quantize", str(folders["llama"]), "--quant", "int8", "--out", str(tmp_path))
-    assert run_cli(*command).exit_code == 0
+    command = ("models", "quantize", str(folders["llama"]), "--quant", "int8", "--precision", "fp32")
+    assert run_cli(*command, "--out", str(tmp_path)).exit_code == 0
     assert not quantized_folder().exists()
     shutil.copytree(tmp_path, quantized_folder())
     monkeypatch.setattr(FileSource, "read", no_weights)
@@ -671,7 +672,8 @@ def test_a_base_with_a_delta_is_that_of_a_run_with_the_same_delta(
     delta = tmp_path / "delta"
     write_delta(delta, folders["llama"])
     expected = load(folders["llama"], "int8", cache=False, delta=str(delta))
-    outcome = run_cli("models", "quantize", str(folders["llama"]), "--quant", "int8", "--delta", str(delta))
+    command = ("models", "quantize", str(folders["llama"]), "--quant", "int8", "--precision", "fp32")
+    outcome = run_cli(*command, "--delta", str(delta))
     assert outcome.exit_code == 0, outcome.stderr
     assert bits(expected) != bits(load(folders["llama"], "int8", cache=False))
     monkeypatch.setattr(FileSource, "read", no_weights)

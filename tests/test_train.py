@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,34 @@ def test_lora_learns_on_every_quantizer_with_every_optimizer(
     assert len(losses) == 12
     assert losses[-1] < losses[0] - 0.2
     assert run.manifest["status"] == "finished"
+
+
+def test_a_run_in_bf16_on_a_cpu_learns_what_one_in_fp32_does(tiny_folder: Path, tmp_path: Path) -> None:
+    losses = {}
+    for precision in ("bf16", "fp32"):
+        content = multimodal(tiny_folder, max_steps=12, batch_size=8, precision=precision) | {"quant": "nf4"}
+        run = lavintk.train(content, tmp_path / precision)
+        metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+        losses[precision] = [line["loss"] for line in metrics]
+    assert losses["fp32"][-1] < losses["fp32"][0] - 0.2
+    # bf16 has 8 bits of precision; 1 % of the loss is much less than what is learned
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=1e-2)
+
+
+def test_a_run_goes_on_in_the_type_that_it_began_with(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lavintk.devices.cpu_multiplies_bf16", lambda: True)
+    content = recipe(tiny_folder, max_steps=4, save_every=2, precision="auto")
+    whole = lavintk.train(content, tmp_path / "whole")
+    assert whole.manifest["precision"] == "bfloat16"
+    shutil.copytree(tmp_path / "whole", tmp_path / "halfway")
+    shutil.rmtree(tmp_path / "halfway" / "checkpoints" / "step-000004")
+    monkeypatch.setattr("lavintk.devices.cpu_multiplies_bf16", lambda: False)
+    resumed = lavintk.train(content, tmp_path / "halfway", resume=True)
+    assert resumed.manifest["precision"] == "bfloat16"
+    for name, expected in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], expected), name
 
 
 def test_a_multimodal_run_trains_on_mixed_rows_and_answers_after_loading(tiny_folder: Path, tmp_path: Path) -> None:

@@ -85,12 +85,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _prepare_environment() -> None:
-    """Keep the libraries' remarks off the terminal, their telemetry off the network, their threads from spinning.
+    """Keep the libraries' remarks off the terminal, their telemetry off the network, their threads from spinning long.
 
     torch's OpenMP threads spin while they wait for each other; where anything else runs on the machine, a layer then
-    waits for a thread that is not scheduled. The variable counts only if it is set before torch is imported.
+    waits for a thread that is not scheduled. Without any spinning, waking them takes a quarter of a small model's step.
+    So they spin about as long as it takes until the next operation comes (a count, of GNU's OpenMP).
+
+    oneDNN keeps the code of each shape that it has multiplied, and micro-batches without padding have many: it grows
+    by a gigabyte. Some dozens are those of a step.
+
+    The variables count only if they are set before torch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

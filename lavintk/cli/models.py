@@ -86,8 +86,8 @@ def quantize(
     with loading_bar(Console(stderr=True), f"quantizing {model}") as progress:
         made = make_base(
             model, installed_plugins(), Choice.parse(quant), Choice.parse(embed_quant),
-            device=target, dtype=pick_precision(precision, target), delta=delta, delta_compat=delta_compat, out=out,
-            progress=cast("Any", progress),
+            device=target, dtype=pick_precision(precision, target, training=True), delta=delta,
+            delta_compat=delta_compat, out=out, progress=cast("Any", progress),
         )  # fmt: skip
     how = "there already" if made.was_there else f"made in {duration(made.seconds)}"
     click.echo(f"{made.kept.folder}\n{gigabytes(made.kept.nbytes)}, {how}")
