@@ -3,7 +3,8 @@
 What is learned stays the same: the rows of each optimizer step, the learning rate, and the precision of what is trained
 are never touched. Measures are taken in the order of what they cost (:func:`_measures`); only one kind of them, fewer
 bits for the vision tower and the embedding, changes what the frozen base computes, and it comes behind those that
-change nothing but time. Measures that turn out not to be needed are taken back.
+change nothing but time. Measures that turn out not to be needed are taken back. Memory that is left then goes to layers
+that keep what they computed instead of computing it again, if the recipe leaves that open.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, floor
 from typing import Any
 
@@ -23,6 +24,7 @@ from lavintk.models.multimodal import MultimodalModel
 from lavintk.plan import CONTEXT, GIB, Plan, micro_batch_tokens, outline_of, plan_of, recomputed_layers
 from lavintk.plugins import Plugins
 from lavintk.recipe import Recipe, make_recipe
+from lavintk.recomputing import recomputes_freely, recomputing_least
 
 Changes = Mapping[str, Any]
 """The recipe's keys with their new values."""
@@ -95,16 +97,35 @@ def fit(
     host: int | None = None,
     *,
     same_base: bool = False,
+    spend: bool = True,
     model: MultimodalModel | None = None,
 ) -> Fit:
     """Return ``recipe`` with as few changes as make it fit into ``limit`` bytes of device memory in all.
 
     :param host: bytes of host memory for what waits there; None for no limit.
     :param same_base: take no measure that alters what the frozen base computes.
+    :param spend: use memory that is left for speed, where ``train.checkpointing`` is ``auto``.
     :param model: the recipe's outline, if there is one.
     :raises RecipeError: nothing suffices; says how much is lacking and what takes most.
     """
     search = _Search(outline_of(recipe, plugins) if model is None else model, recipe, plugins, limit, host)
+    found = _fit(search, same_base)
+    return _spent(search, found) if spend and recomputes_freely(found.recipe) else found
+
+
+def _spent(search: _Search, found: Fit) -> Fit:
+    """Return ``found`` with layers that keep what they computed in the memory that is left."""
+    recipe, count = recomputing_least(search.model, found.recipe, search.plugins, search.limit)
+    layers = len(search.model.layers)
+    if count == layers:
+        return replace(found, recipe=recipe)
+    cost = f"memory is left: {count} of {layers} layers are computed again, the others keep what they computed"
+    level = Level({"train.checkpointing": recipe.train.checkpointing}, cost)
+    return Fit(recipe, found.before, (*found.steps, Step(level, plan_of(search.model, recipe, search.plugins))))
+
+
+def _fit(search: _Search, same_base: bool) -> Fit:
+    recipe, plugins = search.recipe, search.plugins
     taken: list[tuple[Measure, int]] = []
     if search.fits(taken):
         return search.result(taken)
@@ -313,7 +334,7 @@ def advice_for(recipe: Recipe, plugins: Plugins, device: torch.device, same_base
     # what was foretold did not suffice, so less than that is asked for
     limit = floor(min(available(device), 0.95 * now.device) / GIB * 10) / 10
     try:
-        found = fit(recipe, plugins, round(limit * GIB), same_base=same_base)
+        found = fit(recipe, plugins, round(limit * GIB), same_base=same_base, spend=False)
     except RecipeError:
         return f"{said} No --fit that leaves what is learned as it is would fit into {limit:.1f} GiB."
     changes = ", ".join(f"{key}={value}" for key, value in found.changes.items())

@@ -47,8 +47,9 @@ PAGED_FROM = 100_000
 """Elements from which on paged optimizers keep state on the host."""
 LAYER_WORK = (8, 6)
 """Tensors of the hidden and of the intermediate width that exist while a layer goes backward."""
-LAYER_KEPT = (7, 3)
-"""Likewise those that a layer keeps for its backward pass where it is not recomputed."""
+LAYER_KEPT, MLP_TRAINED = (7, 2), (1, 1)
+"""Likewise those that a layer keeps for its backward pass where it is not recomputed, and more of them where something
+is trained in its MLP; counted. Frozen linear layers keep nothing."""
 BLOCK_KEPT = (7, 2)
 """Likewise those that a block of a vision tower keeps; counted, with attention that keeps no scores."""
 MATRIX_SHARE, COPY_SHARE = 0.60, 0.82
@@ -80,12 +81,17 @@ CARDS = {
     "rtx2060": Card(6, 26e12, 336e9, PCIE_3),
     "rtx3060": Card(12, 25e12, 360e9),
     "rtx3070": Card(8, 41e12, 448e9),
+    "rtx3080": Card(10, 59e12, 760e9),
     "rtx3090": Card(24, 71e12, 936e9),
     "rtx4060": Card(8, 30e12, 272e9, PCIE_4 / 2),
+    "rtx4070": Card(12, 58e12, 504e9),
+    "rtx4080": Card(16, 97e12, 717e9),
     "rtx4090": Card(24, 165e12, 1008e9),
+    "rtx5090": Card(32, 209e12, 1792e9, PCIE_5),
     "a100": Card(40, 312e12, 1555e9),
     "l40s": Card(48, 362e12, 864e9),
     "h100": Card(80, 990e12, 3350e9, PCIE_5),
+    "h200": Card(140, 990e12, 4800e9, PCIE_5),
 }
 
 
@@ -191,11 +197,18 @@ def plan(recipe: Recipe, plugins: Plugins, engine: str | None = None) -> Plan:
 
 
 def plan_of(
-    model: MultimodalModel, recipe: Recipe, plugins: Plugins, engine: str | None = None, tokens: int | None = None
+    model: MultimodalModel,
+    recipe: Recipe,
+    plugins: Plugins,
+    engine: str | None = None,
+    tokens: int | None = None,
+    kept: int | None = None,
 ) -> Plan:
     """Return the plan for a model of which only names and shapes are looked at.
 
+    :param engine: the one that was chosen, by default the one that the recipe asks for.
     :param tokens: of a micro-batch, if they are known better than from the recipe.
+    :param kept: bytes that a layer keeps where it is not recomputed, if they are known better than from its shapes.
     """
     engine = engine or engine_of(recipe)
     config, tokens, train = model.language.config, tokens or micro_batch_tokens(recipe), recipe.train
@@ -210,7 +223,7 @@ def plan_of(
     input_of_layer = 2 * tokens * hidden
     inputs, waiting, gradients = _layer_inputs(recipe, engine, recomputed, window)
     at_work = 2 * tokens * (LAYER_WORK[0] * hidden + LAYER_WORK[1] * inner)
-    kept = 2 * tokens * (LAYER_KEPT[0] * hidden + LAYER_KEPT[1] * inner)
+    kept = _kept_by_layer(model, tokens, hidden, inner) if kept is None else kept
     stored, linears = sum(base.layers), f"linear layers ({_bits(recipe.quant)})"
     quantized = "" if recipe.embed_quant.name == "none" else f" ({recipe.embed_quant})"
     items = {
@@ -380,6 +393,15 @@ def _trained(model: MultimodalModel, recipe: Recipe, optimizer: Optimizer) -> tu
     flat = getattr(optimizer, "elementwise", False)
     pages = optimizer.paged and (sum(counts) if flat else max(counts)) >= PAGED_FROM
     return size * sum(counts), 0 if pages else state, {"optimizer state (paged)": state} if pages else {}
+
+
+def _kept_by_layer(model: MultimodalModel, tokens: int, hidden: int, inner: int) -> int:
+    """Return the bytes that a layer keeps where it is not recomputed, copies in 16 bits of what is trained included."""
+    trained = {id(parameter) for parameter in model.trainable().values()}
+    in_mlp = any(id(p) in trained for name, p in model.layers[0].named_parameters() if name.startswith("mlp."))
+    wide, widest = (kept + in_mlp * more for kept, more in zip(LAYER_KEPT, MLP_TRAINED))
+    copies = 2 * sum(p.numel() for p in model.layers[0].parameters() if id(p) in trained)
+    return 2 * tokens * (wide * hidden + widest * inner) + copies
 
 
 def _layer_inputs(recipe: Recipe, engine: str, recomputed: int, window: int) -> tuple[int, int, int]:

@@ -133,7 +133,7 @@ class TrainSection(Section):
     checkpointing: Annotated[Literal["auto"] | bool | int, PlainValidator(_to_checkpointing)] = Field(
         "auto",
         description="recompute layers in the backward pass; a number: only so many of them, which is faster where "
-        "memory allows; auto: on CUDA yes, on a CPU no",
+        "memory allows; auto: on CUDA as many as memory demands, on a CPU none",
     )
     offload: Literal["auto", True, False] = Field(
         "auto", description="keep the inputs of recomputed layers in host memory; auto: on CUDA"

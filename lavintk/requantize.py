@@ -403,7 +403,7 @@ class _Requantization:
         )  # fmt: skip
         scaler = torch.amp.GradScaler(self.model.device.type, enabled=self.model.dtype == torch.float16)
         display, started = TrainingDisplay(self.console, steps, measure="KL"), time.monotonic()
-        self.model.checkpointing = self.model.device.type == "cuda"  # as the trainer's "auto"
+        self.model.checkpointing = self.model.device.type == "cuda"  # where memory is scarce
         with display:
             for step, (chosen, batch) in enumerate(self._windows(rows, steps)):
                 begun = time.monotonic()

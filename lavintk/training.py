@@ -6,10 +6,11 @@ answer them again. :class:`Trainer` holds what the stages share.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,6 +44,7 @@ from lavintk.errors import DataError, LavintkError, OutOfMemoryError, TrainingEr
 from lavintk.evaluate import mean_loss
 from lavintk.failures import not_finite, what_to_lower
 from lavintk.features import keep_features
+from lavintk.fitting import advice_for, available
 from lavintk.interrupt import interruptible
 from lavintk.kernels.choice import check_environment
 from lavintk.machine import check_machine
@@ -52,6 +54,7 @@ from lavintk.models.multimodal import count_parameters
 from lavintk.plan import plan_of
 from lavintk.plugins import Plugins, installed_plugins
 from lavintk.recipe import Recipe, make_recipe, read_recipe
+from lavintk.recomputing import kept_by_layer, recomputes_freely, recomputing_least
 from lavintk.registry import Choice
 from lavintk.report import TrainingDisplay, duration, loading_bar, scores_table
 from lavintk.resuming import check_resumable
@@ -121,6 +124,7 @@ class Trainer:
     assembly: Assembly
     optimizer: torch.optim.Optimizer
     engine: Engine
+    _make_engine: Callable[[], tuple[Engine, str]]
     order: StepOrder
     read_image: ImageCache | None
     rows: list[TokenizedRecord]
@@ -133,6 +137,7 @@ class Trainer:
         self.info: RunInfo | None = None
         self._facts: dict[str, Any] = {}
         self._saved_step = 0
+        self._may_recompute_more = False
 
     # -- before training -------------------------------------------------------------------------------------------
 
@@ -258,16 +263,39 @@ class Trainer:
         settings = self.recipe.train
         longest = max(len(row) for row in self.rows)
         capacity = settings.pack_tokens or round_up(settings.batch_size * longest, GRAIN)
-        self.engine, reason = choose_engine(
+        self._make_engine = lambda: choose_engine(
             settings.engine, self.assembly.model, self.scaler, capacity, settings.seed, self._say
         )
-        if self.device.type == "cuda":
-            foretold = plan_of(self.assembly.model, self.recipe, self.plugins, self.engine.name, capacity)
-            self._facts["predicted_memory_bytes"] = foretold.allocated
+        self.engine, reason = self._make_engine()
+        recomputed = self._choose_recomputed(capacity) if self.device.type == "cuda" else ""
         packs = self.engine.records if settings.pack == "auto" else settings.pack
         self.order = StepOrder(self.rows, settings, capacity if packs else None)
         why = f" ({reason})" if reason else ""
-        self._say(", ".join([f"engine {self.engine.name}{why}", *filter(None, [self.order.describe()])]))
+        self._say(", ".join([f"engine {self.engine.name}{why}", *filter(None, [recomputed, self.order.describe()])]))
+
+    def _choose_recomputed(self, capacity: int) -> str:
+        """Settle how many layers a CUDA device recomputes, if that is open; foretell the memory; say what was settled.
+
+        A run that goes on recomputes no fewer than before: dropout then draws the same in each of them.
+        """
+        model, recipe, said = self.assembly.model, self.recipe, ""
+        if recomputes_freely(recipe, self.engine.name):
+            with enough_memory(
+                self.device, "in a decoder layer", lambda: advice_for(recipe, self.plugins, self.device)
+            ):
+                kept = kept_by_layer(model, capacity)
+            recipe, count = recomputing_least(
+                model, recipe, self.plugins, available(self.device), self.engine.name, capacity, kept,
+                least=self.run.manifest.get("recomputed_layers", 0),
+            )  # fmt: skip
+            setting = recipe.train.checkpointing
+            model.checkpointing = True if setting == "auto" else setting
+            self._facts["recomputed_layers"] = count
+            self._may_recompute_more = count < len(model.layers)
+            said = f"{count} of {len(model.layers)} layers recomputed"
+        foretold = plan_of(model, recipe, self.plugins, self.engine.name, capacity)
+        self._facts["predicted_memory_bytes"] = foretold.allocated
+        return said
 
     def _loader(self, rows: list[TokenizedRecord], plan: list[list[int]]) -> BatchLoader:
         find_features, workers = self.assembly.find_features, self.recipe.data.workers
@@ -310,6 +338,7 @@ class Trainer:
                     self._save()
                 if status != "finished":
                     break
+        self._drop_engine()  # answering needs room too
         self._end(status)
         return status
 
@@ -359,18 +388,46 @@ class Trainer:
         )  # fmt: skip
 
     def _backward(self, window: list[Batch], labelled: int) -> list[torch.Tensor]:
-        step, checkpointing = self.state.step, bool(self.assembly.model.checkpointing)
+        step = self.state.step
 
         def advice() -> str:
+            checkpointing = bool(self.assembly.model.checkpointing)
             return what_to_lower(window, self.run, step, self.plugins, self.device, checkpointing)
 
         with enough_memory(self.device, f"in step {step + 1}", advice):
-            try:
-                return self.engine.backward(window, labelled, step)
-            except NotRecordableError as error:
-                self._go_on_eagerly(str(error))
-                self.optimizer.zero_grad(set_to_none=False)
-                return self.engine.backward(window, labelled, step)
+            if self._may_recompute_more:
+                with suppress(torch.OutOfMemoryError):  # lets go of what the step had computed
+                    return self._gradients(window, labelled)
+                self._recompute_all()
+            return self._gradients(window, labelled)
+
+    def _gradients(self, window: list[Batch], labelled: int) -> list[torch.Tensor]:
+        try:
+            return self.engine.backward(window, labelled, self.state.step)
+        except NotRecordableError as error:
+            self._go_on_eagerly(str(error))
+            self.optimizer.zero_grad(set_to_none=False)
+            return self.engine.backward(window, labelled, self.state.step)
+
+    def _recompute_all(self) -> None:
+        """Make room on a device that turned out to be too small for layers that keep what they computed."""
+        self._say(
+            "note: memory does not suffice for layers that keep what they computed: all are recomputed from now on"
+        )
+        self._drop_engine()
+        self._may_recompute_more, self.assembly.model.checkpointing = False, True
+        self.run.record(recomputed_layers=len(self.assembly.model.layers))
+        self.optimizer.zero_grad(set_to_none=False)
+        self.engine, _ = self._make_engine()
+
+    def _drop_engine(self) -> None:
+        """Give the memory of recorded steps back."""
+        del self.engine
+        if (offload := self.assembly.model.offload) is not None:
+            offload.forget()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _go_on_eagerly(self, reason: str) -> None:
         if self.recipe.train.engine == "graph":

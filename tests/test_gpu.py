@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ from safetensors.torch import load_file, save_file
 
 import lavintk
 from lavintk.dense import DenseQuantizer
+from lavintk.engine import EagerEngine
 from lavintk.errors import OutOfMemoryError
 from lavintk.models.language import load_language_model
+from lavintk.models.multimodal import MultimodalModel
 from lavintk.models.sources import open_source
+from lavintk.plan import plan
 from lavintk.plugins import installed_plugins
 from lavintk.recipe import make_recipe
+from lavintk.recomputing import FILLED, kept_by_layer
 from lavintk.run import Run
 from lavintk.testing.runs import multimodal, recipe
 from lavintk.testing.tiny import write_language_model
@@ -41,7 +46,7 @@ def test_a_multimodal_run_learns_in_every_number_type(
     content = multimodal(tiny_folder, device="cuda", precision=precision, max_steps=15, batch_size=8)
     run = lavintk.train(content | {"quant": quant, "optim": "paged"}, tmp_path / "run")
     found = losses(run)
-    assert run.assembly.model.checkpointing
+    assert run.manifest["recomputed_layers"] == 0  # there is room
     assert found[-1] < found[0] - 0.2
 
 
@@ -109,8 +114,6 @@ def test_running_out_of_memory_says_what_to_lower_and_loses_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from lavintk.models.multimodal import MultimodalModel
-
     real, calls = MultimodalModel.loss_sum, []
 
     def greedy(self: MultimodalModel, batch: Any) -> torch.Tensor:
@@ -121,10 +124,68 @@ def test_running_out_of_memory_says_what_to_lower_and_loses_nothing(
 
     monkeypatch.setattr(MultimodalModel, "loss_sum", greedy)
     with pytest.raises(OutOfMemoryError, match=r"train\.batch_size \(now 2\)"):
-        lavintk.train(recipe(tiny_folder, device="cuda", engine="eager"), tmp_path / "run")
+        lavintk.train(recipe(tiny_folder, device="cuda", engine="eager", checkpointing=True), tmp_path / "run")
     monkeypatch.setattr(MultimodalModel, "loss_sum", real)
     resumed = lavintk.train(Run.open(tmp_path / "run").recipe, tmp_path / "run", resume=True)
     assert (resumed.manifest["status"], resumed.manifest["steps"]) == ("finished", 4)
+
+
+@pytest.mark.parametrize("adapter", ["lora:dropout=0", "lora:dropout=0.1", "mma", "peft:method=lora"])
+def test_what_a_layer_keeps_is_what_memory_grows_by(tiny_folder: Path, tmp_path: Path, adapter: str) -> None:
+    folder = write_language_model(tmp_path, "llama", hidden_size=512, intermediate_size=1536, num_hidden_layers=12)
+    content = recipe(tiny_folder, device="cuda", batch_size=8) | {"adapter": adapter}
+    content["model"] = {"language": str(folder)}
+    trainer = Trainer(Run.create(tmp_path / "run", make_recipe(content)), installed_plugins(), Console(quiet=True))
+    trainer.prepare(resume=False)
+    model, window = trainer.assembly.model, next(trainer.windows())
+    engine = EagerEngine(model, trainer.scaler)
+    peaks = {}
+    for recomputed in (12, 4, 4):  # the first one also makes workspaces
+        model.checkpointing, model.offload = recomputed, None
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        engine.backward(window, 1, 0)
+        peaks[recomputed] = torch.cuda.max_memory_allocated()
+    tokens = window[0].tokens
+    kept, entering = kept_by_layer(model, tokens), 2 * tokens * 512  # the input is kept either way
+    assert (peaks[4] - peaks[12]) / 8 + entering == pytest.approx(kept, rel=0.1)
+
+
+def test_layers_are_recomputed_as_far_as_memory_demands_and_a_run_that_goes_on_keeps_to_that(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = multimodal(tiny_folder, device="cuda", batch_size=8, max_steps=4, save_every=2)
+    content["adapter"] = {"name": "mma", "dropout": 0.0}
+    plugins = installed_plugins()
+    needs = [
+        plan(make_recipe(content, {"train.checkpointing": setting, "train.engine": "graph"}), plugins).device
+        for setting in (False, 1, True)
+    ]
+    expected = losses(lavintk.train(make_recipe(content, {"train.checkpointing": True}), tmp_path / "all"))
+    for count, room in ((0, needs[0] * 2), (2, needs[2] // 2)):
+        monkeypatch.setattr("lavintk.training.available", lambda device, room=room: room / FILLED)
+        run = lavintk.train(content, tmp_path / str(count))
+        assert run.manifest["recomputed_layers"] == count
+        assert losses(run) == pytest.approx(expected, rel=1e-3)
+    shutil.rmtree(tmp_path / "2" / "checkpoints" / "step-000004")
+    monkeypatch.setattr("lavintk.training.available", lambda device: 80 << 30)
+    assert lavintk.train(content, tmp_path / "2", resume=True).manifest["recomputed_layers"] == 2
+
+
+def test_a_device_that_is_full_all_the_same_recomputes_all_layers(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_module = MultimodalModel._run_module
+
+    def greedy(self: MultimodalModel, *arguments: Any) -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing() and self.checkpointing is False:
+            torch.empty(1 << 50, dtype=torch.uint8, device="cuda")  # a petabyte
+        return run_module(self, *arguments)
+
+    monkeypatch.setattr(MultimodalModel, "_run_module", greedy)
+    run = lavintk.train(multimodal(tiny_folder, device="cuda", max_steps=8, batch_size=8), tmp_path / "run")
+    assert run.manifest["recomputed_layers"] == 2
+    assert losses(run)[-1] < losses(run)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -501,6 +501,10 @@ def test_after_a_recording_that_failed_half_way_gradients_are_those_of_a_model_t
     with pytest.raises(NotRecordableError):
         gradients(model, engine)
     assert_near(expected, gradients(model, without_graphs(engine)))
+    torch.manual_seed(7)
+    drawn = torch.rand(4, device=CUDA)  # dropout, for example
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(4, device=CUDA), drawn)
 
 
 def assert_near(one: Found, other: Found) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ import yaml
 
 import lavintk
 from lavintk.checkpoints import checkpoints
+from lavintk.engine import EagerEngine
 from lavintk.errors import RunError, TrainingError
 from lavintk.hookspecs import hookimpl
 from lavintk.plugins import installed_plugins
 from lavintk.run import Run
+from lavintk.testing import Outcome
 from lavintk.testing.runs import multimodal, recipe
 from lavintk.training import Trainer
+
+RunCli = Callable[..., Outcome]
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -49,6 +54,35 @@ def test_a_run_in_bf16_on_a_cpu_learns_what_one_in_fp32_does(tiny_folder: Path, 
     assert losses["fp32"][-1] < losses["fp32"][0] - 0.2
     # bf16 has 8 bits of precision; 1 % of the loss is much less than what is learned
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=1e-2)
+
+
+def test_a_run_recomputes_all_layers_once_what_they_keep_does_not_fit(
+    tiny_folder: Path, tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = multimodal(tiny_folder) | {"adapter": {"name": "mma", "dropout": 0.0}}
+    expected = weights(lavintk.train(content, tmp_path / "expected"))
+    settle, backward = Trainer._choose_engine, EagerEngine.backward
+
+    def keep_a_layer(trainer: Trainer) -> None:  # as on a CUDA device with little memory
+        settle(trainer)
+        trainer.assembly.model.checkpointing, trainer._may_recompute_more = 1, True
+
+    def full_in_the_second_step(engine: EagerEngine, window: Any, labelled: int, step: int) -> Any:
+        losses = backward(engine, window, labelled, step)
+        if step == 1 and engine.model.checkpointing is not True:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return losses
+
+    monkeypatch.setattr(Trainer, "_choose_engine", keep_a_layer)
+    monkeypatch.setattr(EagerEngine, "backward", full_in_the_second_step)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    outcome = run_cli("train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run"))
+    assert outcome.exit_code == 0, outcome.stderr
+    assert outcome.stdout.count("memory does not suffice for layers that keep what they computed") == 1
+    run = lavintk.load(tmp_path / "run")
+    assert run.manifest["recomputed_layers"] == 2
+    for name, weight in expected.items():
+        torch.testing.assert_close(weights(run)[name], weight, atol=1e-6, rtol=1e-6)
 
 
 def test_a_run_goes_on_in_the_type_that_it_began_with(

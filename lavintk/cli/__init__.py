@@ -5,6 +5,7 @@ Nothing here imports torch before a command needs it, so that ``lavintk --help``
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ from lavintk import __version__
 from lavintk.cli import bench, chat, data, doctor, evaluate, export, import_, models, plan, plugins, train, verify
 from lavintk.errors import LavintkError
 from lavintk.plugins import installed_plugins
+
+REMARKING = ("bitsandbytes.backends.cpu", "torchao", "torch.utils._pytree")
+"""Loggers that warn, as soon as their package is imported, of optional parts that nothing here uses."""
 
 
 def make_group(with_plugins: bool = True) -> click.Group:
@@ -96,6 +100,8 @@ def _prepare_environment() -> None:
 
     The variables count only if they are set before torch is imported.
     """
+    for name in REMARKING:
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")

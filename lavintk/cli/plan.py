@@ -41,9 +41,9 @@ def plan(
     from lavintk.fitting import Fit, free_memory, parse_size
     from lavintk.fitting import fit as make_fit
     from lavintk.kernels.choice import check_environment
-    from lavintk.plan import find_card
-    from lavintk.plan import plan as make_plan
+    from lavintk.plan import GIB, find_card, outline_of, plan_of
     from lavintk.plugins import installed_plugins
+    from lavintk.recomputing import recomputes_freely, recomputing_least
 
     if host is not None and fit is None:
         raise RecipeError("--host", ["it goes with --fit"])
@@ -52,12 +52,18 @@ def plan(
     on_host = None if host is None else parse_size(host, "--host")
     limit = None if fit in (None, "auto") else parse_size(str(fit))
     resolved, plugins = resolve(recipe, assignments, flags), installed_plugins()
+    model = outline_of(resolved, plugins)
     if fit is None:
-        found = Fit(resolved, make_plan(resolved, plugins), ())
+        found = Fit(resolved, plan_of(model, resolved, plugins), ())
     else:
-        found = make_fit(resolved, plugins, free_memory(resolved) if limit is None else limit, on_host)
+        limit = free_memory(resolved) if limit is None else limit
+        found = make_fit(resolved, plugins, limit, on_host, model=model)
+    there, recomputed = found.plan, ""
+    if card is not None and recomputes_freely(found.recipe):  # as training would settle it on that card
+        settled, count = recomputing_least(model, found.recipe, plugins, card.gib * GIB)
+        there, recomputed = plan_of(model, settled, plugins), f"{count} of {len(model.layers)} layers recomputed"
     if as_json:
-        click.echo(json.dumps(_as_json(found, card), indent=2))
+        click.echo(json.dumps(_as_json(found, card, there), indent=2))
         return
     console = Console()
     sizes = f"{found.plan.tokens} tokens in a micro-batch, {found.plan.micro_batches} micro-batches in a step"
@@ -68,7 +74,7 @@ def plan(
     if fit is not None:
         _print_steps(found, fit, card, gpu, console)
     if card is not None and gpu is not None:
-        _print_card(found.plan, card, gpu, console)
+        _print_card(there, recomputed, card, gpu, console)
 
 
 def _table(found: Plan) -> Table:
@@ -110,8 +116,11 @@ def _print_steps(found: Fit, size: str, card: Card | None, gpu: str | None, cons
     console.print(f"to fit into {size}: {flags}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _print_card(found: Plan, card: Card, gpu: str, console: Console) -> None:
-    """Say whether the card has the memory, and how long a step takes on it."""
+def _print_card(found: Plan, recomputed: str, card: Card, gpu: str, console: Console) -> None:
+    """Say whether the card has the memory, and how long a step takes on it.
+
+    :param recomputed: how many layers ``train.checkpointing: auto`` recomputes there, in words.
+    """
     from lavintk.plan import GIB
 
     lacking = found.device - card.gib * GIB
@@ -127,10 +136,13 @@ def _print_card(found: Plan, card: Card, gpu: str, console: Console) -> None:
             f"{'if it fitted, ' if lacking > 0 else ''}{1e3 * seconds:,.0f} ms per micro-batch, "
             f"{found.step_seconds(card):.2f} s per step, {found.tokens / seconds:,.0f} tokens/s"
         )
+    if recomputed and lacking <= 0:
+        said += f"; {recomputed} (train.checkpointing is auto), {found.device / GIB:.2f} GiB in all"
     console.print(f"{gpu}: {said}", highlight=False, soft_wrap=True)
 
 
-def _as_json(found: Fit, card: Card | None) -> dict[str, Any]:
+def _as_json(found: Fit, card: Card | None, there: Plan) -> dict[str, Any]:
+    """Return what is known of the recipe, and the times of ``there``, the plan on the card."""
     from lavintk.plan import GIB
 
     plan = found.plan
@@ -143,7 +155,8 @@ def _as_json(found: Fit, card: Card | None) -> dict[str, Any]:
             {"changes": dict(s.level.changes), "cost": s.level.cost, "device": s.plan.device} for s in found.steps
         ],
         "fits": None if card is None else plan.device <= card.gib * GIB,
-        "seconds": None if timed is None else plan.seconds(timed),
-        "step_seconds": None if timed is None else plan.step_seconds(timed),
+        "seconds": None if timed is None else there.seconds(timed),
+        "step_seconds": None if timed is None else there.step_seconds(timed),
+        "device_on_card": None if card is None else there.device,
         "untimed": plan.untimed,
     }  # fmt: skip

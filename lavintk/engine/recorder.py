@@ -6,6 +6,7 @@ recording, and gradients are added to the very tensors that stood in ``grad``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -27,7 +28,7 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _recording_stream(device.index or 0)
 
     def warm_up(self, work: Callable[[], Result]) -> Result:
         """Return what ``work`` returns, run where it will be recorded.
@@ -57,10 +58,23 @@ class Recorder:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 result = work()
         except RuntimeError as error:
+            _let_draw_again(self._device)
             if (full := _full_device(error)) is not None:
                 raise full from None
             raise NotRecordableError(f"an operation cannot be recorded: {str(error).splitlines()[0]}") from error
         return graph.replay, result
+
+
+@functools.cache
+def _recording_stream(index: int) -> torch.cuda.Stream:
+    """Return the stream that all recordings on a device share: matrix products keep a workspace for each stream."""
+    return torch.cuda.Stream(index)
+
+
+def _let_draw_again(device: torch.device) -> None:
+    """Free the random numbers of a device from a recording that broke off: its generator believes it still goes on."""
+    generator = torch.cuda.default_generators[device.index or 0]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 def _full_device(error: BaseException | None) -> torch.cuda.OutOfMemoryError | None:
