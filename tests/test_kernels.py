@@ -337,6 +337,20 @@ def test_the_norm_and_its_gradient_are_those_of_transformers(dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_norm_and_its_gradient_are_those_of_transformers(dtype: torch.dtype) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    theirs = LlamaRMSNorm(96, EPS).to(dtype).requires_grad_(False)
+    theirs.weight.data.normal_(1, 0.3)
+    x, grad = torch.randn(2, 2, 7, 96).to(dtype)
+    x.requires_grad_()
+    ours, expected = rms_norm(x, theirs.weight, EPS), theirs(x)
+    torch.testing.assert_close(ours, expected)
+    gradients = (torch.autograd.grad(y, x, grad)[0] for y in (ours, expected))
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_swiglu_and_its_gradient_are_those_of_transformers(dtype: torch.dtype) -> None:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaMLP

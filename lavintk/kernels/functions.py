@@ -17,8 +17,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise ``x`` along its last dimension as transformers' ``LlamaRMSNorm`` does.
 
     The mean square is taken in fp32, the normalised value rounded to the type of ``x`` and then multiplied by the
-    weight. The kernel keeps ``x`` and one fp32 number per row for the backward pass, and gives no gradient of the
-    weight: one that is trained takes torch's operations.
+    weight. Kept are ``x`` and one fp32 number per row for the backward pass, which gives no gradient of the weight:
+    one that is trained takes torch's operations.
 
     :param x: ``[..., H]``. :param weight: ``[H]``. :param eps: added to the mean square.
     :returns: the shape of ``x``.
@@ -27,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         from lavintk.kernels import triton_norm
 
         return triton_norm.rms_norm(x, weight, eps)
-    return plain.rms_norm(x, weight, eps)
+    return _plain_norm(x, weight, eps)
 
 
 def rms_norm_and_pass(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -42,13 +42,20 @@ def rms_norm_and_pass(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Te
         from lavintk.kernels import triton_norm
 
         return triton_norm.rms_norm_and_pass(x, weight, eps)
-    return plain.rms_norm(x, weight, eps), x
+    return _plain_norm(x, weight, eps), x
+
+
+def _plain_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return (plain.rms_norm if _is_trained(weight) else plain.frozen_rms_norm)(x, weight, eps)
+
+
+def _is_trained(tensor: Tensor) -> bool:
+    return tensor.requires_grad and torch.is_grad_enabled()
 
 
 def _norm_kernel_suits(x: Tensor, weight: Tensor) -> bool:
-    trained = weight.requires_grad and torch.is_grad_enabled()
     fits = weight.shape == x.shape[-1:] and x.shape[-1] <= WIDEST_ROW
-    return not trained and fits and fused("rms_norm", x, weight)
+    return not _is_trained(weight) and fits and fused("rms_norm", x, weight)
 
 
 def add_low_rank(product: Tensor, update: LowRank, residual: Tensor | None = None) -> Tensor:
@@ -109,7 +116,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     :param sin: likewise.
     :returns: the rotated q and k, contiguous from the kernel.
     """
-    trained = (cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled()
+    trained = _is_trained(cos) or _is_trained(sin)
     fits = q.dim() == k.dim() == 3 and (q.shape[0], q.shape[2]) == (k.shape[0], k.shape[2]) == cos.shape == sin.shape
     if not trained and fits and q.shape[2] % 2 == 0 and fused("rope", q, k, cos, sin):
         from lavintk.kernels import triton_rope
