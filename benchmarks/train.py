@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import facts
 from load import write_checkpoint
@@ -111,29 +113,38 @@ def command(arguments: argparse.Namespace, out: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def run(arguments: argparse.Namespace, out: Path) -> tuple[list[float], str]:
-    """Train; return when each step ended, in seconds from the start of the command, and what was said.
+def run(arguments: argparse.Namespace, out: Path) -> tuple[list[float], list[str]]:
+    """Train; return when each step ended, in seconds from the start of the command, and what was said, with its time.
 
     :raises SystemExit: the command failed.
     """
     ends: list[float] = []
+    said: list[str] = []
     metrics = out / "metrics.jsonl"
     begun = time.perf_counter()
+
+    def listen(stream: IO[str]) -> None:
+        for line in stream:
+            said.append(f"{time.perf_counter() - begun:5.1f} s  {line.rstrip()}")
+
     with subprocess.Popen(
-        command(arguments, out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
+        command(arguments, out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "200"},
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        listener = threading.Thread(target=listen, args=(process.stdout,))
+        listener.start()
         while process.poll() is None:
             lines = metrics.read_text().count("\n") if metrics.exists() else 0
             ends += [time.perf_counter() - begun] * (lines - len(ends))
             time.sleep(0.02)
-        assert process.stdout is not None
-        said = process.stdout.read()
+        listener.join()
     if process.returncode:
-        raise SystemExit(f"it ended with code {process.returncode}:\n{said}")
+        raise SystemExit("\n".join([f"it ended with code {process.returncode}:", *said]))
     return ends, said
 
 
-def report(ends: list[float], said: str, out: Path) -> dict[str, Any]:
+def report(ends: list[float], said: list[str], out: Path) -> dict[str, Any]:
     """Return what was measured."""
     manifest = json.loads((out / "manifest.json").read_text())
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -146,7 +157,7 @@ def report(ends: list[float], said: str, out: Path) -> dict[str, Any]:
         "tokens_per_row": round(sum(step["tokens"] for step in steps) / len(steps) / rows),
         "peak_gib": round(manifest["peak_memory_bytes"] / GIB, 2),
         "predicted_gib": round(manifest.get("predicted_memory_bytes", 0) / GIB, 2) or None,
-        "said": [line for line in said.splitlines() if "engine" in line or "compute" in line],
+        "said": said,
     }  # fmt: skip
 
 

@@ -3,8 +3,8 @@
 What is learned stays the same: the rows of each optimizer step, the learning rate, and the precision of what is trained
 are never touched. Measures are taken in the order of what they cost (:func:`_measures`); only one kind of them, fewer
 bits for the vision tower and the embedding, changes what the frozen base computes, and it comes behind those that
-change nothing but time. Measures that turn out not to be needed are taken back. Memory that is left then goes to layers
-that keep what they computed instead of computing it again, if the recipe leaves that open.
+change nothing but time. Measures that turn out not to be needed are taken back. Memory that is left then makes steps
+faster (:mod:`lavintk.spare_memory`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
+from lavintk.cards import UNKNOWN, Card
 from lavintk.data.pack import GRAIN, round_up
 from lavintk.errors import LavintkError, RecipeError
 from lavintk.models.multimodal import MultimodalModel
 from lavintk.plan import CONTEXT, GIB, Plan, micro_batch_tokens, outline_of, plan_of, recomputed_layers
 from lavintk.plugins import Plugins
 from lavintk.recipe import Recipe, make_recipe
-from lavintk.recomputing import recomputes_freely, recomputing_least
+from lavintk.spare_memory import possible_batches, recomputes_freely, settle
 
 Changes = Mapping[str, Any]
 """The recipe's keys with their new values."""
@@ -98,30 +99,38 @@ def fit(
     *,
     same_base: bool = False,
     spend: bool = True,
+    card: Card = UNKNOWN,
     model: MultimodalModel | None = None,
 ) -> Fit:
     """Return ``recipe`` with as few changes as make it fit into ``limit`` bytes of device memory in all.
 
     :param host: bytes of host memory for what waits there; None for no limit.
     :param same_base: take no measure that alters what the frozen base computes.
-    :param spend: use memory that is left for speed, where ``train.checkpointing`` is ``auto``.
+    :param spend: use memory that is left for speed. :param card: on which it should be fast.
     :param model: the recipe's outline, if there is one.
     :raises RecipeError: nothing suffices; says how much is lacking and what takes most.
     """
     search = _Search(outline_of(recipe, plugins) if model is None else model, recipe, plugins, limit, host)
     found = _fit(search, same_base)
-    return _spent(search, found) if spend and recomputes_freely(found.recipe) else found
+    return _spent(search, found, card) if spend else found
 
 
-def _spent(search: _Search, found: Fit) -> Fit:
-    """Return ``found`` with layers that keep what they computed in the memory that is left."""
-    recipe, count = recomputing_least(search.model, found.recipe, search.plugins, search.limit)
-    layers = len(search.model.layers)
-    if count == layers:
-        return replace(found, recipe=recipe)
-    cost = f"memory is left: {count} of {layers} layers are computed again, the others keep what they computed"
-    level = Level({"train.checkpointing": recipe.train.checkpointing}, cost)
-    return Fit(recipe, found.before, (*found.steps, Step(level, plan_of(search.model, recipe, search.plugins))))
+def _spent(search: _Search, found: Fit, card: Card) -> Fit:
+    """Return ``found`` with memory that is left used for speed."""
+    layers, batches = len(search.model.layers), possible_batches(found.recipe)
+    settled = settle(search.model, found.recipe, search.plugins, search.limit, card, batches)
+    changes: dict[str, Any] = {}
+    costs = []
+    if settled.batch is not batches[0]:
+        changes["train.pack_tokens"] = settled.batch.tokens
+        costs.append(f"packs of {settled.batch.tokens} tokens, so that weights are unpacked less often")
+    if recomputes_freely(found.recipe) and settled.recomputed < layers:
+        changes["train.checkpointing"] = settled.recipe.train.checkpointing
+        costs.append(f"{settled.recomputed} of {layers} layers are computed again, the others keep what they computed")
+    if not changes:
+        return replace(found, recipe=settled.recipe)
+    level = Level(changes, f"memory is left: {'; '.join(costs)}")
+    return Fit(settled.recipe, found.before, (*found.steps, Step(level, settled.plan)))
 
 
 def _fit(search: _Search, same_base: bool) -> Fit:

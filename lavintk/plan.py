@@ -16,9 +16,9 @@ from math import ceil
 
 import torch
 
+from lavintk.cards import DISK, Card
 from lavintk.contracts import Optimizer, Quantizer
 from lavintk.data.pack import GRAIN, round_up
-from lavintk.errors import RecipeError, did_you_mean
 from lavintk.features import why_not_the_same
 from lavintk.models.build import outline
 from lavintk.models.config_source import open_config
@@ -59,40 +59,6 @@ OTHER_PER_LAYER, OTHER_BYTES = 0.25e-3, 300
 KERNEL, BLOCK_KERNELS = 5e-6, (24, 154)
 """Seconds of a small kernel on an H100, a round number, and how many a block of a vision tower has: forward alone, and
 forward, again and backward with LaVIN's routed adapter in it. These were counted; decoder layers have fewer, fused."""
-DISK = 2.5e9
-"""Bytes per second that a solid-state disk delivers; what the system still has in memory comes faster."""
-PCIE_3, PCIE_4, PCIE_5 = 12e9, 22e9, 53e9
-"""Bytes per second from pinned host memory over sixteen lanes, of 16, 32 and 63 GB/s by the standard."""
-
-
-@dataclass(frozen=True)
-class Card:
-    """A GPU: memory in GiB, dense 16-bit FLOP/s, bytes/s of its memory and from the host. From data sheets."""
-
-    gib: int
-    flops: float
-    bandwidth: float
-    bus: float = PCIE_4
-
-
-CARDS = {
-    "t4": Card(16, 65e12, 320e9, PCIE_3),
-    "l4": Card(24, 121e12, 300e9),
-    "rtx2060": Card(6, 26e12, 336e9, PCIE_3),
-    "rtx3060": Card(12, 25e12, 360e9),
-    "rtx3070": Card(8, 41e12, 448e9),
-    "rtx3080": Card(10, 59e12, 760e9),
-    "rtx3090": Card(24, 71e12, 936e9),
-    "rtx4060": Card(8, 30e12, 272e9, PCIE_4 / 2),
-    "rtx4070": Card(12, 58e12, 504e9),
-    "rtx4080": Card(16, 97e12, 717e9),
-    "rtx4090": Card(24, 165e12, 1008e9),
-    "rtx5090": Card(32, 209e12, 1792e9, PCIE_5),
-    "a100": Card(40, 312e12, 1555e9),
-    "l40s": Card(48, 362e12, 864e9),
-    "h100": Card(80, 990e12, 3350e9, PCIE_5),
-    "h200": Card(140, 990e12, 4800e9, PCIE_5),
-}
 
 
 @dataclass(frozen=True)
@@ -187,6 +153,25 @@ class Plan:
         return max(self.micro_batches * self.work.seconds(card), copying) + self.first / weights
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """What is known of micro-batches beside the recipe.
+
+    :param tokens: of a full one. :param images: the most of one.
+    :param kept: bytes that a decoder layer keeps of one where it is not recomputed; None: its shapes tell.
+    """
+
+    tokens: int
+    images: int
+    kept: int | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> MicroBatch:
+        """Return what the recipe alone tells: rows are as long as they may be, and each has an image."""
+        tokens, train = micro_batch_tokens(recipe), recipe.train
+        return cls(tokens, max(1, tokens // recipe.data.max_length) if train.pack_tokens else train.batch_size)
+
+
 def plan(recipe: Recipe, plugins: Plugins, engine: str | None = None) -> Plan:
     """Return the plan of ``recipe`` on a CUDA device in 16 bits.
 
@@ -201,17 +186,15 @@ def plan_of(
     recipe: Recipe,
     plugins: Plugins,
     engine: str | None = None,
-    tokens: int | None = None,
-    kept: int | None = None,
+    batch: MicroBatch | None = None,
 ) -> Plan:
     """Return the plan for a model of which only names and shapes are looked at.
 
     :param engine: the one that was chosen, by default the one that the recipe asks for.
-    :param tokens: of a micro-batch, if they are known better than from the recipe.
-    :param kept: bytes that a layer keeps where it is not recomputed, if they are known better than from its shapes.
+    :param batch: what is known of micro-batches, by default what the recipe tells.
     """
-    engine = engine or engine_of(recipe)
-    config, tokens, train = model.language.config, tokens or micro_batch_tokens(recipe), recipe.train
+    engine, batch = engine or engine_of(recipe), batch or MicroBatch.of(recipe)
+    config, tokens, train = model.language.config, batch.tokens, recipe.train
     hidden, inner, layers = config.hidden_size, config.intermediate_size, len(model.layers)
     window = micro_batches(recipe, tokens)
     streaming = train.stream != "none"
@@ -223,7 +206,7 @@ def plan_of(
     input_of_layer = 2 * tokens * hidden
     inputs, waiting, gradients = _layer_inputs(recipe, engine, recomputed, window)
     at_work = 2 * tokens * (LAYER_WORK[0] * hidden + LAYER_WORK[1] * inner)
-    kept = _kept_by_layer(model, tokens, hidden, inner) if kept is None else kept
+    kept = _kept_by_layer(model, tokens, hidden, inner) if batch.kept is None else batch.kept
     stored, linears = sum(base.layers), f"linear layers ({_bits(recipe.quant)})"
     quantized = "" if recipe.embed_quant.name == "none" else f" ({recipe.embed_quant})"
     items = {
@@ -241,7 +224,7 @@ def plan_of(
         UNPACKED: base.largest,
         "workspaces of matrix products": WORKSPACES,
         "logits of a chunk": max(0, _loss(tokens, hidden, ends) - at_work - base.largest),
-        "images at work": _images(model, recipe, tokens),
+        "images at work": _images(model, recipe, batch.images),
     }
     aside = {
         linears: stored if train.stream == "cpu" else 0,
@@ -249,7 +232,7 @@ def plan_of(
         "layer inputs": waiting * input_of_layer,
         **host,
     }
-    tower = _tower(model, recipe, base, tokens)
+    tower = _tower(model, recipe, base, batch.images)
     times = 2 * (1 if engine == "layerwise" else window)  # each weight once forward and once backward
     return Plan(
         items={name: size for name, size in items.items() if size},
@@ -438,8 +421,8 @@ def _decoder(base: _Base, tokens: int, hidden: int, layers: int, passes: float) 
     )
 
 
-def _tower(model: MultimodalModel, recipe: Recipe, base: _Base, tokens: int) -> Work:
-    """Return the work of a micro-batch in the vision tower, with an image in each row.
+def _tower(model: MultimodalModel, recipe: Recipe, base: _Base, images: int) -> Work:
+    """Return the work of a micro-batch with ``images`` images in the vision tower.
 
     That is one pass forward and, from the first block on in which something is trained, one backward and one again if
     blocks are recomputed. There is none where features are the same in each step, and so are computed before the first.
@@ -448,7 +431,7 @@ def _tower(model: MultimodalModel, recipe: Recipe, base: _Base, tokens: int) -> 
     if tower is None or (recipe.data.cache_features is not False and not why_not_the_same(model)):
         return Work()
     backward = 1 if recipe.train.checkpointing is False else 2
-    places, work = _places(tower, recipe, tokens), Work()
+    places, work = images * _positions(tower), Work()
     for goes_back, (stored, weights) in zip(_goes_back(model), base.blocks, strict=False):  # some are not run
         passes = 1 + backward * goes_back
         work += Work(
@@ -460,8 +443,8 @@ def _tower(model: MultimodalModel, recipe: Recipe, base: _Base, tokens: int) -> 
     return work
 
 
-def _images(model: MultimodalModel, recipe: Recipe, tokens: int) -> int:
-    """Return what the tower's blocks keep for the backward pass and one at work take, with an image in each row.
+def _images(model: MultimodalModel, recipe: Recipe, images: int) -> int:
+    """Return what the tower's blocks keep of ``images`` images for the backward pass, and what one at work takes.
 
     That is their inputs; where they are not recomputed, all that the backward pass needs.
     """
@@ -473,7 +456,7 @@ def _images(model: MultimodalModel, recipe: Recipe, tokens: int) -> int:
         kept = sum(_goes_back(model)) * (BLOCK_KEPT[0] * hidden + BLOCK_KEPT[1] * inner)
     else:
         kept = len(model.vision.blocks) * hidden
-    return 2 * _places(model.vision, recipe, tokens) * int(kept + 8 * hidden + 2 * inner)
+    return 2 * images * _positions(model.vision) * int(kept + 8 * hidden + 2 * inner)
 
 
 def _goes_back(model: MultimodalModel) -> list[bool]:
@@ -484,11 +467,10 @@ def _goes_back(model: MultimodalModel) -> list[bool]:
     return [any(holds[: index + 1]) for index in range(model.vision.taps[-1])]
 
 
-def _places(tower: VisionTower, recipe: Recipe, tokens: int) -> int:
-    """Return the positions of all images of a micro-batch in the tower."""
+def _positions(tower: VisionTower) -> int:
+    """Return the positions of an image in the tower."""
     config = tower.model.config
-    images = max(1, tokens // recipe.data.max_length) if recipe.train.pack_tokens else recipe.train.batch_size
-    return int(images * ((config.image_size // config.patch_size) ** 2 + 1))
+    return int((config.image_size // config.patch_size) ** 2 + 1)
 
 
 def _unpacked(stored: int, weights: int) -> float:
@@ -509,14 +491,3 @@ def _untimed(engine: str, tower: Work) -> str:
 
 def _bits(quant: Choice) -> str:
     return "16 bits" if quant.name == "none" else str(quant)
-
-
-def find_card(name: str) -> Card:
-    """Return the card called ``name``.
-
-    :raises RecipeError: it is unknown.
-    """
-    if name.lower() not in CARDS:
-        known = list(CARDS)
-        raise RecipeError("--gpu", [f"unknown card {name!r}; known are {', '.join(known)}.{did_you_mean(name, known)}"])
-    return CARDS[name.lower()]

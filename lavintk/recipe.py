@@ -154,7 +154,10 @@ class TrainSection(Section):
         description="put the rows of a step together into full micro-batches; auto: where CUDA graphs are recorded",
     )
     pack_tokens: int | None = Field(
-        None, ge=64, description="tokens of a packed micro-batch; null: room for batch_size of the longest rows"
+        None,
+        ge=64,
+        description="tokens of a packed micro-batch; null: room for batch_size of the longest rows, on CUDA "
+        "more where memory allows",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     seed: int = Field(0, description="of the adapter's start values, the order of the rows and dropout")

@@ -10,7 +10,7 @@ import gc
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 
+from lavintk.cards import card_called
 from lavintk.checkpoints import (
     TrainingState,
     checkpoints,
@@ -34,7 +35,7 @@ from lavintk.data.batch import Batch
 from lavintk.data.batches import BatchLoader, ImageCache, make_batches
 from lavintk.data.fingerprint import fingerprint
 from lavintk.data.images import check_images
-from lavintk.data.pack import GRAIN, round_up
+from lavintk.data.pack import GRAIN, few_sizes, round_up
 from lavintk.data.records import ImageSource, Record
 from lavintk.data.steps import StepOrder
 from lavintk.data.tokenize import TokenizedRecord, tokenize_all
@@ -51,15 +52,15 @@ from lavintk.machine import check_machine
 from lavintk.models.build import Assembly, build
 from lavintk.models.host_memory import HostTensors
 from lavintk.models.multimodal import count_parameters
-from lavintk.plan import plan_of
+from lavintk.plan import MicroBatch
 from lavintk.plugins import Plugins, installed_plugins
 from lavintk.recipe import Recipe, make_recipe, read_recipe
-from lavintk.recomputing import kept_by_layer, recomputes_freely, recomputing_least
 from lavintk.registry import Choice
 from lavintk.report import TrainingDisplay, duration, loading_bar, scores_table
 from lavintk.resuming import check_resumable
 from lavintk.run import CHECKPOINTS, METRICS, PREDICTIONS, Run, evaluate, load_records
 from lavintk.schedule import build_optimizer, learning_rate
+from lavintk.spare_memory import pack_sizes, packs_freely, recomputes_freely, settle, with_kept
 
 
 def train(
@@ -124,7 +125,7 @@ class Trainer:
     assembly: Assembly
     optimizer: torch.optim.Optimizer
     engine: Engine
-    _make_engine: Callable[[], tuple[Engine, str]]
+    capacity: int
     order: StepOrder
     read_image: ImageCache | None
     rows: list[TokenizedRecord]
@@ -262,40 +263,63 @@ class Trainer:
     def _choose_engine(self) -> None:
         settings = self.recipe.train
         longest = max(len(row) for row in self.rows)
-        capacity = settings.pack_tokens or round_up(settings.batch_size * longest, GRAIN)
-        self._make_engine = lambda: choose_engine(
-            settings.engine, self.assembly.model, self.scaler, capacity, settings.seed, self._say
-        )
+        self.capacity = settings.pack_tokens or round_up(settings.batch_size * longest, GRAIN)
         self.engine, reason = self._make_engine()
-        recomputed = self._choose_recomputed(capacity) if self.device.type == "cuda" else ""
         packs = self.engine.records if settings.pack == "auto" else settings.pack
-        self.order = StepOrder(self.rows, settings, capacity if packs else None)
+        recomputed = self._use_memory(packs) if self.device.type == "cuda" else ""
+        self.order = StepOrder(self.rows, settings, self.capacity if packs else None)
         why = f" ({reason})" if reason else ""
         self._say(", ".join([f"engine {self.engine.name}{why}", *filter(None, [recomputed, self.order.describe()])]))
 
-    def _choose_recomputed(self, capacity: int) -> str:
-        """Settle how many layers a CUDA device recomputes, if that is open; foretell the memory; say what was settled.
+    def _make_engine(self) -> tuple[Engine, str]:
+        settings = self.recipe.train
+        return choose_engine(settings.engine, self.assembly.model, self.scaler, self.capacity, settings.seed, self._say)
 
-        A run that goes on recomputes no fewer than before: dropout then draws the same in each of them.
+    def _use_memory(self, packs: bool) -> str:
+        """Settle on a CUDA device what the recipe leaves open, foretell its memory, and say how much is recomputed.
+
+        A run that goes on keeps what it began with: dropout then draws the same.
         """
-        model, recipe, said = self.assembly.model, self.recipe, ""
-        if recomputes_freely(recipe, self.engine.name):
-            with enough_memory(
-                self.device, "in a decoder layer", lambda: advice_for(recipe, self.plugins, self.device)
-            ):
-                kept = kept_by_layer(model, capacity)
-            recipe, count = recomputing_least(
-                model, recipe, self.plugins, available(self.device), self.engine.name, capacity, kept,
-                least=self.run.manifest.get("recomputed_layers", 0),
-            )  # fmt: skip
-            setting = recipe.train.checkpointing
-            model.checkpointing = True if setting == "auto" else setting
-            self._facts["recomputed_layers"] = count
-            self._may_recompute_more = count < len(model.layers)
-            said = f"{count} of {len(model.layers)} layers recomputed"
-        foretold = plan_of(model, recipe, self.plugins, self.engine.name, capacity)
-        self._facts["predicted_memory_bytes"] = foretold.allocated
-        return said
+        model, recipe, before = self.assembly.model, self.recipe, self.run.manifest
+
+        def advice() -> str:
+            return advice_for(recipe, self.plugins, self.device)
+
+        batches = [self._micro_batch(tokens, packs) for tokens in self._pack_sizes(packs)]
+        free = recomputes_freely(recipe, self.engine.name)
+        if free:
+            with enough_memory(self.device, "in a decoder layer", advice):
+                batches = with_kept(batches, model)
+        settled = settle(
+            model, recipe, self.plugins, available(self.device), card_called(torch.cuda.get_device_name(self.device)),
+            batches, self.engine.name, least=before.get("recomputed_layers", 0),
+        )  # fmt: skip
+        self._facts["predicted_memory_bytes"] = settled.plan.allocated
+        if settled.batch.tokens != self.capacity:
+            self.capacity = settled.batch.tokens
+            self.engine, _ = self._make_engine()
+        if packs:
+            self._facts["pack_tokens"] = self.capacity
+        if not free:
+            return ""
+        layers = len(model.layers)
+        self._facts["recomputed_layers"] = settled.recomputed
+        self._may_recompute_more = settled.recomputed < layers
+        model.checkpointing = True if settled.recomputed == layers else settled.recomputed
+        return f"{settled.recomputed} of {layers} layers recomputed"
+
+    def _pack_sizes(self, packs: bool) -> list[int]:
+        """Return what a full micro-batch may have of tokens, the smallest first."""
+        before = self.run.manifest.get("pack_tokens")
+        if not packs or not packs_freely(self.recipe, self.engine.name):
+            return [self.capacity]
+        rows = self.recipe.train.batch_size * self.recipe.train.accumulate
+        in_step = math.ceil(min(rows, len(self.rows)) * sum(map(len, self.rows)) / len(self.rows))
+        return [before] if before else pack_sizes(self.capacity, in_step)
+
+    def _micro_batch(self, tokens: int, packs: bool) -> MicroBatch:
+        images = StepOrder(self.rows, self.recipe.train, tokens if packs else None).most_images()
+        return MicroBatch(tokens, few_sizes(images) if packs and images else images)
 
     def _loader(self, rows: list[TokenizedRecord], plan: list[list[int]]) -> BatchLoader:
         find_features, workers = self.assembly.find_features, self.recipe.data.workers

@@ -145,9 +145,9 @@ class Repeats:
 
 
 def text_batch() -> Batch:
-    """A row of 5 tokens."""
-    ids, none = torch.arange(5), torch.empty(0, dtype=torch.int64)
-    return Batch(ids, ids.roll(-1), torch.arange(5), (5,), torch.tensor([0]), None, none, ("alone",))
+    """A row of 70 tokens, which is more than fills a pack."""
+    ids, none = torch.arange(70) % 50, torch.empty(0, dtype=torch.int64)
+    return Batch(ids, ids.roll(-1), torch.arange(70), (70,), torch.tensor([0]), None, none, ("alone",))
 
 
 @pytest.fixture

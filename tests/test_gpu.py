@@ -22,8 +22,8 @@ from lavintk.models.sources import open_source
 from lavintk.plan import plan
 from lavintk.plugins import installed_plugins
 from lavintk.recipe import make_recipe
-from lavintk.recomputing import FILLED, kept_by_layer
 from lavintk.run import Run
+from lavintk.spare_memory import FILLED, kept_by_layer
 from lavintk.testing.runs import multimodal, recipe
 from lavintk.testing.tiny import write_language_model
 from lavintk.training import Trainer
@@ -170,6 +170,21 @@ def test_layers_are_recomputed_as_far_as_memory_demands_and_a_run_that_goes_on_k
     shutil.rmtree(tmp_path / "2" / "checkpoints" / "step-000004")
     monkeypatch.setattr("lavintk.training.available", lambda device: 80 << 30)
     assert lavintk.train(content, tmp_path / "2", resume=True).manifest["recomputed_layers"] == 2
+
+
+def test_packs_grow_where_memory_allows_and_a_step_learns_the_same(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = multimodal(tiny_folder, device="cuda", batch_size=1, accumulate=8, max_steps=4, save_every=2)
+    content["adapter"] = {"name": "mma", "dropout": 0.0}
+    expected = lavintk.train(make_recipe(content, {"train.pack_tokens": 64}), tmp_path / "small")
+    run = lavintk.train(content, tmp_path / "large")
+    assert run.manifest["pack_tokens"] > expected.manifest["pack_tokens"] == 64
+    assert losses(run) == pytest.approx(losses(expected), rel=1e-3)
+    shutil.rmtree(run.folder / "checkpoints" / "step-000004")
+    monkeypatch.setattr("lavintk.training.available", lambda device: 1 << 30)
+    resumed = lavintk.train(content, run.folder, resume=True)
+    assert resumed.manifest["pack_tokens"] == run.manifest["pack_tokens"]
 
 
 def test_a_device_that_is_full_all_the_same_recomputes_all_layers(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from lavintk.cards import CARDS
 from lavintk.models.build import build
 from lavintk.models.config_source import ConfigSource
 from lavintk.models.connector import TapNeck
@@ -18,7 +19,7 @@ from lavintk.models.language import outline_language_model, outline_vision_model
 from lavintk.models.multimodal import MultimodalModel
 from lavintk.models.stream import ALIGNMENT
 from lavintk.models.vision import VisionTower
-from lavintk.plan import CARDS, GIB, Plan, plan, plan_of
+from lavintk.plan import GIB, Plan, plan, plan_of
 from lavintk.plugins import installed_plugins
 from lavintk.recipe import Recipe, make_recipe
 from lavintk.registry import Choice

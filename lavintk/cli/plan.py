@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from lavintk.cards import Card
     from lavintk.fitting import Fit
-    from lavintk.plan import Card, Plan
+    from lavintk.plan import Plan
+    from lavintk.spare_memory import Settled
 
 
 @click.command()
@@ -37,13 +39,14 @@ def plan(
     """Foretell the GPU memory and the time of RECIPE's steps, without a GPU and without reading weights."""
     from rich.console import Console
 
+    from lavintk.cards import UNKNOWN, find_card
     from lavintk.errors import RecipeError
     from lavintk.fitting import Fit, free_memory, parse_size
     from lavintk.fitting import fit as make_fit
     from lavintk.kernels.choice import check_environment
-    from lavintk.plan import GIB, find_card, outline_of, plan_of
+    from lavintk.plan import GIB, outline_of, plan_of
     from lavintk.plugins import installed_plugins
-    from lavintk.recomputing import recomputes_freely, recomputing_least
+    from lavintk.spare_memory import possible_batches, settle
 
     if host is not None and fit is None:
         raise RecipeError("--host", ["it goes with --fit"])
@@ -57,13 +60,12 @@ def plan(
         found = Fit(resolved, plan_of(model, resolved, plugins), ())
     else:
         limit = free_memory(resolved) if limit is None else limit
-        found = make_fit(resolved, plugins, limit, on_host, model=model)
-    there, recomputed = found.plan, ""
-    if card is not None and recomputes_freely(found.recipe):  # as training would settle it on that card
-        settled, count = recomputing_least(model, found.recipe, plugins, card.gib * GIB)
-        there, recomputed = plan_of(model, settled, plugins), f"{count} of {len(model.layers)} layers recomputed"
+        found = make_fit(resolved, plugins, limit, on_host, card=card or UNKNOWN, model=model)
+    settled = None
+    if card is not None and fit is None:  # as training would settle it on that card
+        settled = settle(model, resolved, plugins, card.gib * GIB, card, possible_batches(resolved))
     if as_json:
-        click.echo(json.dumps(_as_json(found, card, there), indent=2))
+        click.echo(json.dumps(_as_json(found, card, settled), indent=2))
         return
     console = Console()
     sizes = f"{found.plan.tokens} tokens in a micro-batch, {found.plan.micro_batches} micro-batches in a step"
@@ -74,7 +76,9 @@ def plan(
     if fit is not None:
         _print_steps(found, fit, card, gpu, console)
     if card is not None and gpu is not None:
-        _print_card(there, recomputed, card, gpu, console)
+        _print_card(found.plan if settled is None else settled.plan, card, gpu, console)
+        if settled is not None and settled.plan != found.plan:
+            console.print(_in_words(settled, len(model.layers), gpu), highlight=False, soft_wrap=True)
 
 
 def _table(found: Plan) -> Table:
@@ -116,11 +120,18 @@ def _print_steps(found: Fit, size: str, card: Card | None, gpu: str | None, cons
     console.print(f"to fit into {size}: {flags}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _print_card(found: Plan, recomputed: str, card: Card, gpu: str, console: Console) -> None:
-    """Say whether the card has the memory, and how long a step takes on it.
+def _in_words(settled: Settled, layers: int, gpu: str) -> str:
+    """Say what training settles by itself on a card."""
+    from lavintk.plan import GIB
 
-    :param recomputed: how many layers ``train.checkpointing: auto`` recomputes there, in words.
-    """
+    return (
+        f"{gpu}: with packs of {settled.batch.tokens} tokens and {settled.recomputed} of {layers} layers recomputed, "
+        f"as memory there allows; {settled.plan.device / GIB:.2f} GiB in all"
+    )
+
+
+def _print_card(found: Plan, card: Card, gpu: str, console: Console) -> None:
+    """Say whether the card has the memory, and how long a step takes on it."""
     from lavintk.plan import GIB
 
     lacking = found.device - card.gib * GIB
@@ -136,16 +147,15 @@ def _print_card(found: Plan, recomputed: str, card: Card, gpu: str, console: Con
             f"{'if it fitted, ' if lacking > 0 else ''}{1e3 * seconds:,.0f} ms per micro-batch, "
             f"{found.step_seconds(card):.2f} s per step, {found.tokens / seconds:,.0f} tokens/s"
         )
-    if recomputed and lacking <= 0:
-        said += f"; {recomputed} (train.checkpointing is auto), {found.device / GIB:.2f} GiB in all"
     console.print(f"{gpu}: {said}", highlight=False, soft_wrap=True)
 
 
-def _as_json(found: Fit, card: Card | None, there: Plan) -> dict[str, Any]:
-    """Return what is known of the recipe, and the times of ``there``, the plan on the card."""
+def _as_json(found: Fit, card: Card | None, settled: Settled | None) -> dict[str, Any]:
+    """Return what is known of the recipe, and the times on the card of what training settles there."""
     from lavintk.plan import GIB
 
     plan = found.plan
+    there = plan if settled is None else settled.plan
     timed = card if not plan.untimed else None
     return {
         "tokens": plan.tokens, "micro_batches": plan.micro_batches, "engine": plan.engine, "items": dict(plan.items),
@@ -157,6 +167,8 @@ def _as_json(found: Fit, card: Card | None, there: Plan) -> dict[str, Any]:
         "fits": None if card is None else plan.device <= card.gib * GIB,
         "seconds": None if timed is None else there.seconds(timed),
         "step_seconds": None if timed is None else there.step_seconds(timed),
-        "device_on_card": None if card is None else there.device,
+        "on_card": None if settled is None else {
+            "device": there.device, "tokens": there.tokens, "recomputed": settled.recomputed,
+        },
         "untimed": plan.untimed,
     }  # fmt: skip

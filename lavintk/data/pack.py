@@ -25,6 +25,8 @@ GRAIN = 64
 """Token counts are multiples of it, which matrix kernels like."""
 FILL_STEPS = 4
 """A pack that is not full has one of so many sizes."""
+FEWEST_SEGMENTS = 16
+"""Empty segments cost nothing, and each shape that need not be recorded saves a second or two."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +47,20 @@ class PackShape:
 
     @classmethod
     def of(cls, batch: Batch, capacity: int, visual_tokens: int, side: int) -> PackShape:
-        """Return the smallest of few shapes that holds ``batch``.
+        """Return the smallest of few shapes that holds ``batch``; of its tokens a quarter, half or all are trained.
 
         :param capacity: tokens of a full pack; a longer batch gets a shape of its own.
         :param side: M, the adapter's side tokens.
         """
         step = max(GRAIN, round_up(ceil(capacity / FILL_STEPS), GRAIN))
         tokens = round_up(batch.tokens, step)
-        trained = round_up(max(1, batch.labelled), max(GRAIN, ceil(tokens / FILL_STEPS)))
+        trained = next(size for size in (ceil(tokens / 4), ceil(tokens / 2), tokens) if size >= batch.labelled)
         images = batch.images
         return cls(
             tokens=tokens,
-            segments=_power_of_two(len(batch.lengths) + side + 1),
-            trained=min(tokens, trained),
-            images=0 if images is None else _few_sizes(images.shape[0]),
+            segments=_power_of_two(max(FEWEST_SEGMENTS, len(batch.lengths) + side + 1)),
+            trained=trained,
+            images=0 if images is None else few_sizes(images.shape[0]),
             visual_tokens=visual_tokens,
             image_shape=() if images is None else tuple(images.shape[1:]),
         )
@@ -163,7 +165,7 @@ def _power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def _few_sizes(number: int) -> int:
+def few_sizes(number: int) -> int:
     """Return 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: at most half as much again as needed."""
     power = _power_of_two(number)
     return power * 3 // 4 if power >= 4 and power * 3 // 4 >= number else power

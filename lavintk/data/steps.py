@@ -6,6 +6,7 @@ All of it follows from the rows and the recipe, so a resumed run goes on where i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 
 from lavintk.data.batches import make_batches
 from lavintk.data.pack import repack
@@ -14,6 +15,8 @@ from lavintk.recipe import TrainSection
 
 Window = list[list[int]]
 """The micro-batches of an optimizer step, as indices of rows."""
+SAMPLED = 100
+"""Steps that are looked at where it would take long to look at all."""
 
 
 class StepOrder:
@@ -40,16 +43,20 @@ class StepOrder:
     def epoch(self, number: int) -> list[Window]:
         """Return the steps of an epoch; the latest one asked for is kept, since a start asks several times."""
         if self._latest is None or self._latest[0] != number:
-            self._latest = number, self._make_epoch(number)
+            self._latest = number, list(self._make_epoch(number))
         return self._latest[1]
 
-    def _make_epoch(self, number: int) -> list[Window]:
+    def _make_epoch(self, number: int) -> Iterator[Window]:
         settings = self.settings
         batches = make_batches(self.rows, batch_size=settings.batch_size, seed=settings.seed, epoch=number)
-        windows = [batches[i : i + settings.accumulate] for i in range(0, len(batches), settings.accumulate)]
-        if self.capacity is None:
-            return windows
-        return [repack(self.rows, window, self.capacity) for window in windows]
+        for first in range(0, len(batches), settings.accumulate):
+            window = batches[first : first + settings.accumulate]
+            yield window if self.capacity is None else repack(self.rows, window, self.capacity)
+
+    def most_images(self) -> int:
+        """Return the most images of a micro-batch in the first steps."""
+        batches = chain.from_iterable(islice(self._make_epoch(0), SAMPLED))
+        return max(sum(len(self.rows[index].images) for index in batch) for batch in batches)
 
     def epochs_from(self, step: int) -> Iterator[list[Window]]:
         """Yield the steps behind the first ``step`` ones, epoch by epoch."""

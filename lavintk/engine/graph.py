@@ -18,7 +18,7 @@ from lavintk.engine.shape_limit import ShapeLimit
 from lavintk.models.multimodal import MultimodalModel, Recompute, recompute
 
 WARM_UPS = 2
-"""Runs before the recording: libraries make their workspaces, kernels are compiled."""
+"""Runs before the first recording: libraries make their workspaces, kernels are compiled. Others get a single one."""
 MOST_GRAPHS = 24
 """Shapes that are recorded. Each graph holds a few hundred KiB of launch parameters per layer; memory is shared."""
 
@@ -143,10 +143,11 @@ class GraphEngine:
             return recompute(run, module, hidden)
 
         before = generator.get_offset()
-        for _ in range(WARM_UPS):
+        runs = 1 if self._recorded else WARM_UPS
+        for _ in range(runs):
             with _recomputing(self.model, counted):
                 self._forward_backward(pack, factor)
-        return calls // WARM_UPS, generator.get_offset() != before
+        return calls // runs, generator.get_offset() != before
 
 
 @contextmanager
