@@ -79,7 +79,7 @@ def assemble(arguments: argparse.Namespace, quant: str, data: Path, device: torc
         "name": "overlap", "model": {"language": arguments.model}, "quant": quant, "adapter": ADAPTERS["lora"],
         "data": {"train": {"name": "alpaca", "path": str(data)}, "max_length": arguments.max_length},
     })  # fmt: skip
-    return build(recipe, installed_plugins(), device, pick_precision("auto", device))
+    return build(recipe, installed_plugins(), device, pick_precision(arguments.precision, device))
 
 
 def dense_weights(model: MultimodalModel) -> Weights:
@@ -232,6 +232,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--engine", choices=("eager", "graph"), default="eager", help="lavintk's")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of both; on a CPU fp32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
@@ -245,10 +246,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def train_all(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Compare for each storage of the weights, print the figures and return everything."""
+    """Compare for each storage of the weights, print the figures and return everything; what is known is in the file."""
     environment = facts.environment(PACKAGES)
     print("\n".join(facts.in_words(environment)), flush=True)
+    settings = {name: str(value) for name, value in vars(arguments).items() if name not in ("json", "plot", "source")}
     runs: dict[str, Any] = {}
+    report = {"environment": environment, "settings": settings, "runs": runs}
     with TemporaryDirectory() as folder:
         data = arguments.data or Path(folder) / "rows.json"
         if arguments.data is None:
@@ -268,16 +271,15 @@ def train_all(arguments: argparse.Namespace) -> dict[str, Any]:
                 f"{noise['mean']:.2g}, {noise['largest']:.2g}; frozen weights differ by {run['weights_differ_by']:.2g}",
                 flush=True,
             )
-    settings = {name: str(value) for name, value in vars(arguments).items() if name not in ("json", "plot", "source")}
-    return {"environment": environment, "settings": settings, "runs": runs}
+            if arguments.json:
+                arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
 
 
 def main() -> None:
     """Train or read, write JSON and chart."""
     arguments = parse_arguments()
     report = json.loads(arguments.source.read_text(encoding="utf-8")) if arguments.source else train_all(arguments)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if arguments.plot and can_draw():
         stored = {"none": "unquantized", "nf4": "NF4"}
         headings = {f"{report['settings']['model']}, {stored[quant]}": run for quant, run in report["runs"].items()}
