@@ -246,7 +246,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def train_all(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Compare for each storage of the weights, print the figures and return everything; what is known is in the file."""
+    """Compare for each storage of the weights and return everything; what is known is printed, and in the file."""
     environment = facts.environment(PACKAGES)
     print("\n".join(facts.in_words(environment)), flush=True)
     settings = {name: str(value) for name, value in vars(arguments).items() if name not in ("json", "plot", "source")}
