@@ -61,8 +61,8 @@ MEASURED = [
     ("13b", LAVIN, "paged", 1, 512, "layerwise", streamed(1), 1.86, 3.02, None),
 ]
 """Geometry, adapter, optimizer, rows, tokens per row, engine, settings; allocated GiB, device GiB, milliseconds of a
-micro-batch. 13B with LaVIN was measured beside other work, so its time is an upper bound. Rows with 2048 tokens, or with
-layers that keep what they computed, have the memory of an H200."""
+micro-batch. 13B with LaVIN was measured beside other work, so its time is an upper bound. Rows with 2048 tokens, or
+with layers that keep what they computed, have the memory of an H200."""
 ON_H200 = [
     ("7b", 1, 512, True, 60.3),
     ("7b", 1, 512, 16, 52.4),
