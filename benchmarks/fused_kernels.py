@@ -1,6 +1,6 @@
 """Time and bandwidth of the fused kernels beside torch's and bitsandbytes', on the shapes of LLaMA-7B.
 
-    python benchmarks/kernels.py [--tokens 512 --tokens 2048] [--only rope] [--json kernels.json]
+    python benchmarks/fused_kernels.py [--tokens 512 --tokens 2048] [--only rope] [--json kernels.json]
 
 Each figure is the median over replays of a CUDA graph that holds the same call on many sets of tensors, more than the
 L2 cache holds together: what a captured training step pays, without the time of launching from Python. GB/s counts
