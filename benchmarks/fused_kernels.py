@@ -26,7 +26,6 @@ from lavintk.contracts import Quantizer
 from lavintk.devices import describe
 from lavintk.kernels import (
     LowRank,
-    add_low_rank,
     problem,
     rms_norm,
     rms_norm_and_pass,
@@ -155,22 +154,26 @@ def update(tokens: int, width: int) -> LowRank:
 
 
 def low_rank_rows(tokens: int) -> Iterator[Row]:
-    """Yield the rows of LoRA's updates: alone, with the sum along the residual, and within SwiGLU."""
-    for width, onto in ((HIDDEN, False), (INNER, False), (HIDDEN, True)):
+    """Yield the rows of LoRA's updates: of a product, which begins with it or is updated afterwards; within SwiGLU."""
+    for width in (HIDDEN, INNER):
 
-        def make(choice: str, width: int = width, onto: bool = onto) -> Call:
-            product, added = normal(tokens, width, trained=False), update(tokens, width)
-            residual = normal(tokens, width, trained=False) if onto else None
+        def make(first: bool, width: int = width) -> Call:
+            x, weight = normal(tokens, HIDDEN, trained=False), normal(width, HIDDEN, trained=False)
+            added = update(tokens, width)
+            up = added.up.t()
 
-            def call() -> object:
-                with using(choice):
-                    return add_low_rank(product, added, residual)
+            def before() -> Tensor:
+                total = x.new_empty(tokens, width).addmm_(added.inner, up, beta=0, alpha=added.scale)
+                return total.addmm_(x, weight.t())
 
-            return call
+            def afterwards() -> Tensor:
+                return torch.mm(x, weight.t()).addmm_(added.inner, up, alpha=added.scale)
 
-        moved = 2 * tokens * width * (3 if onto else 2)
-        variants = {"torch": partial(make, "none"), "fused": partial(make, "all")}
-        yield Row("low_rank", "onto a residual" if onto else "alone", f"{tokens} x {width}", moved, variants)
+            return before if first else afterwards
+
+        moved = 2 * (tokens * HIDDEN + width * HIDDEN + 3 * tokens * width)
+        variants = {"afterwards": partial(make, False), "before": partial(make, True)}
+        yield Row("low_rank", "of a product", f"{tokens} x {HIDDEN} x {width}", moved, variants)
 
     def make_pair() -> tuple[Any, ...]:
         return normal(tokens, INNER), normal(tokens, INNER), update(tokens, INNER), update(tokens, INNER)

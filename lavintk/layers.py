@@ -87,18 +87,26 @@ class FrozenLinear(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``[..., out]`` in the type of ``x`` ``[..., in]``; gradients flow to ``x`` only."""
-        product: Tensor = _FrozenProduct.apply(x, self)  # type: ignore[no-untyped-call]
+        product: Tensor = _FrozenProduct.apply(x, self, None)  # type: ignore[no-untyped-call]
         return product
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, total: Tensor | None = None) -> Tensor:
         """Return ``x @ W.T + b`` as a new contiguous tensor, which the caller may change.
 
         For use inside an autograd function: called without gradient.
 
         :param x: ``[..., in]``, fp32, fp16 or bf16; the product ``[..., out]`` has its type.
+        :param total: contiguous ``[..., out]`` of that type; the product is added to it in place, and it is returned.
+            Where the sums of the product are wider than that type, ``total`` is added before they are rounded: what
+            is small beside the product would else be lost, since a rounded product plus less than half its last
+            digit is the rounded product.
         """
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.dequantize(x.dtype), bias)
+        weight = self.dequantize(x.dtype)
+        if total is None:
+            return F.linear(x, weight, bias)
+        total.view(-1, self.out_features).addmm_(x.reshape(-1, self.in_features), weight.t())
+        return total if bias is None else total.add_(bias)
 
     def input_gradient(self, gradient: Tensor, total: Tensor | None = None) -> Tensor:
         """Return the gradient with respect to ``x``, ``gradient @ W``, in the type of ``gradient`` ``[..., out]``.
@@ -150,19 +158,33 @@ class DenseLinear(FrozenLinear):
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """``x @ W.T + b`` that keeps no dequantized weight for the backward pass."""
+    """``x @ W.T + b``, plus an update, that keeps no dequantized weight for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: FrozenLinear, update: Tensor | None) -> Tensor:
         ctx.layer, ctx.dtype = layer, x.dtype
-        return layer.product(x)
+        if update is None:
+            return layer.product(x)
+        ctx.mark_dirty(update)
+        return layer.product(x, update)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         (gradient,) = gradients
-        return ctx.layer.input_gradient(gradient.to(ctx.dtype)), None
+        of_update = gradient if ctx.needs_input_grad[2] else None
+        if not ctx.needs_input_grad[0]:
+            return None, None, of_update
+        return ctx.layer.input_gradient(gradient.to(ctx.dtype)), None, of_update
+
+
+def product_with_update(layer: FrozenLinear, x: Tensor, update: Tensor) -> Tensor:
+    """Add ``layer(x)`` to ``update`` in place and return it; gradients flow to both.
+
+    In bf16 a small update is lost if it is added to what ``layer`` returns; see :meth:`FrozenLinear.product`.
+
+    :param x: ``[..., in]``. :param update: contiguous ``[..., out]`` in the type of ``x``.
+    """
+    return cast(Tensor, _FrozenProduct.apply(x, layer, update))  # type: ignore[no-untyped-call]
 
 
 def forward_group(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:

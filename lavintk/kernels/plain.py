@@ -55,20 +55,15 @@ class LowRank(NamedTuple):
     scale: float
 
 
-def add_low_rank(product: Tensor, update: LowRank, residual: Tensor | None) -> Tensor:
-    """Add ``update`` to ``product`` in place, and then ``residual``."""
-    product.view(-1, product.shape[-1]).addmm_(update.inner, update.up.t(), alpha=update.scale)
-    return product if residual is None else product.add_(residual)
-
-
 def swiglu_low_rank(gate: Tensor, up: Tensor, gate_update: LowRank, up_update: LowRank) -> Tensor:
-    """Return :func:`swiglu` of products to which the updates have yet to be added."""
-    return swiglu(_updated(gate, gate_update), _updated(up, up_update))
+    """Return :func:`swiglu` of products to which the updates have yet to be added, in fp32, rounded once."""
+    return swiglu(_updated(gate, gate_update), _updated(up, up_update)).to(gate.dtype)
 
 
 def _updated(product: Tensor, update: LowRank) -> Tensor:
-    rows = product.reshape(-1, product.shape[-1])
-    return torch.addmm(rows, update.inner, update.up.t(), alpha=update.scale).view(product.shape)
+    wide = torch.promote_types(product.dtype, torch.float32)
+    added = update.scale * (update.inner.to(wide) @ update.up.to(wide).t())
+    return product.to(wide) + added.view(product.shape)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

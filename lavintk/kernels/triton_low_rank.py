@@ -1,4 +1,4 @@
-"""Low-rank updates of products in Triton, added where the products are read anyway: to a residual, or by SwiGLU."""
+"""Low-rank updates of products in Triton, added where SwiGLU reads the products anyway."""
 
 from __future__ import annotations
 
@@ -18,18 +18,6 @@ WARPS = 8
 """With these, a thread holds 16 sums in fp32, and the kernels spill no registers."""
 DEEPEST = 64
 """Inner values that a program multiplies at once."""
-
-
-def add_low_rank(product: Tensor, update: LowRank, residual: Tensor | None) -> Tensor:
-    """Compute :func:`lavintk.kernels.add_low_rank`; tensors share type and device, ``[..., out]`` are contiguous."""
-    rows, update = product.view(-1, product.shape[-1]), _contiguous(update)
-    with torch.cuda.device_of(product):
-        _add[_grid(rows)](
-            rows, product if residual is None else residual, update.inner, update.up, *rows.shape,
-            update.inner.stride(0), float(update.scale), residual is not None, update.up.shape[1], _depth(update),
-            ROWS, COLUMNS, num_warps=WARPS,
-        )  # fmt: skip
-    return product
 
 
 def swiglu_low_rank(gate: Tensor, up: Tensor, gate_update: LowRank, up_update: LowRank) -> Tensor:
@@ -104,31 +92,13 @@ def _product(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _add(
-    product_ptr: tl.tensor, residual_ptr: tl.tensor, inner_ptr: tl.tensor, factor_ptr: tl.tensor, count: tl.tensor,
-    width: tl.tensor, inner_stride: tl.tensor, scale: tl.tensor, adds: tl.constexpr, rank: tl.constexpr,
-    depth: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
-) -> None:  # fmt: skip
-    """Add the update and, if ``adds``, the residual to a tile of ``count`` rows of ``width``, rounding once."""
-    row = (tl.program_id(1).to(tl.int64) * rows + tl.arange(0, rows))[:, None]
-    column = (tl.program_id(0) * columns + tl.arange(0, columns))[None, :]
-    place, inside = row * width + column, (row < count) & (column < width)
-    product = tl.load(product_ptr + place, mask=inside, other=0.0)
-    update = _product(inner_ptr, factor_ptr, row, column, count, width, inner_stride, rank, depth, rows, columns)
-    total = update * scale + product.to(tl.float32)
-    if adds:
-        total += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(product_ptr + place, total.to(product.dtype), mask=inside)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _gated(
     gate_ptr: tl.tensor, up_ptr: tl.tensor, gate_inner_ptr: tl.tensor, gate_factor_ptr: tl.tensor,
     up_inner_ptr: tl.tensor, up_factor_ptr: tl.tensor, out_ptr: tl.tensor, count: tl.tensor, width: tl.tensor,
     gate_stride: tl.tensor, up_stride: tl.tensor, gate_scale: tl.tensor, up_scale: tl.tensor,
     gate_rank: tl.constexpr, up_rank: tl.constexpr, depth: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Compute a tile of ``count`` rows of ``width``, rounding where the steps one by one would."""
+    """Compute a tile of ``count`` rows of ``width``."""
     row = (tl.program_id(1).to(tl.int64) * rows + tl.arange(0, rows))[:, None]
     column = (tl.program_id(0) * columns + tl.arange(0, columns))[None, :]
     place, inside = row * width + column, (row < count) & (column < width)
@@ -138,10 +108,9 @@ def _gated(
         gate_inner_ptr, gate_factor_ptr, row, column, count, width, gate_stride, gate_rank, depth, rows, columns
     )
     of_up = _product(up_inner_ptr, up_factor_ptr, row, column, count, width, up_stride, up_rank, depth, rows, columns)
-    wide = (gate.to(tl.float32) + of_gate * gate_scale).to(gate.dtype).to(tl.float32)
-    raised = (up.to(tl.float32) + of_up * up_scale).to(gate.dtype).to(tl.float32)
-    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
-    tl.store(out_ptr + place, (silu.to(tl.float32) * raised).to(gate.dtype), mask=inside)
+    wide = gate.to(tl.float32) + of_gate * gate_scale
+    raised = up.to(tl.float32) + of_up * up_scale
+    tl.store(out_ptr + place, (wide / (1.0 + tl.exp(-wide)) * raised).to(gate.dtype), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -162,11 +131,11 @@ def _gated_backward(
         gate_inner_ptr, gate_factor_ptr, row, column, count, width, gate_stride, gate_rank, depth, rows, columns
     )
     of_up = _product(up_inner_ptr, up_factor_ptr, row, column, count, width, up_stride, up_rank, depth, rows, columns)
-    wide = (gate.to(tl.float32) + of_gate * gate_scale).to(gate.dtype).to(tl.float32)
-    raised = (up.to(tl.float32) + of_up * up_scale).to(gate.dtype).to(tl.float32)
+    wide = gate.to(tl.float32) + of_gate * gate_scale
+    raised = up.to(tl.float32) + of_up * up_scale
     grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
     bottom = 1.0 + tl.exp(-wide)
-    silu, sigmoid = (wide / bottom).to(gate.dtype), 1.0 / bottom
-    of_silu = (grad * raised).to(gate.dtype).to(tl.float32)
-    tl.store(of_gate_ptr + place, (of_silu * sigmoid * (1.0 + wide * (1.0 - sigmoid))).to(gate.dtype), mask=inside)
-    tl.store(of_up_ptr + place, (grad * silu.to(tl.float32)).to(gate.dtype), mask=inside)
+    sigmoid = 1.0 / bottom
+    through_silu = grad * raised * sigmoid * (1.0 + wide * (1.0 - sigmoid))
+    tl.store(of_gate_ptr + place, through_silu.to(gate.dtype), mask=inside)
+    tl.store(of_up_ptr + place, (grad * (wide / bottom)).to(gate.dtype), mask=inside)

@@ -147,6 +147,13 @@ class _Questions:
                     promise.require(found.is_contiguous(), "it is not contiguous")
                 promise.require_close(layer.product(x).float(), expected, PRODUCT_ERROR, f"it in {_name(dtype)}")
                 promise.require_close(layer(x).float(), expected, PRODUCT_ERROR, f"forward() in {_name(dtype)}")
+        text = "adds it to total in place and returns that, if given one"
+        with self.promises.keep("FrozenLinear.product", text) as promise:
+            for dtype in FLOATS:
+                x, begun = self.x.to(dtype), self.normal(2, 3, SHAPE[0]).to(dtype)
+                expected, total = begun.float() + layer.product(x).float(), begun.clone()
+                promise.require(layer.product(x, total) is total, "it returned another tensor")
+                promise.require_close(total.float(), expected, PRODUCT_ERROR, f"the sum in {_name(dtype)}")
         text = "is left alone by subclasses, since adapters build on product() and input_gradient()"
         with self.promises.keep("FrozenLinear.forward", text) as promise:
             promise.require(type(layer).forward is FrozenLinear.forward, f"{class_name(layer)} overrides it")

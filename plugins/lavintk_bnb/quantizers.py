@@ -199,15 +199,15 @@ class FourBitLinear(FrozenLinear):
             codebook=codebook_of(self.scheme, self.codes.device),
         )
 
-    def product(self, x: Tensor) -> Tensor:
-        """Return ``x @ W.T + b``; a few rows on CUDA take bitsandbytes' fused kernel."""
+    def product(self, x: Tensor, total: Tensor | None = None) -> Tensor:
+        """Return ``x @ W.T + b``, added to ``total`` if given; a few rows on CUDA take bitsandbytes' fused kernel."""
         if not self._fused_kernel_suits(x):
-            return super().product(x)
+            return super().product(x, total)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         product: Tensor = bnb.matmul_4bit(  # type: ignore[attr-defined]
             x, self.codes, self._quant_state(x.dtype), bias=bias
         )
-        return product
+        return product if total is None else total.add_(product)
 
     def extra_repr(self) -> str:
         """Describe the layer in ``print(model)``."""
@@ -315,13 +315,14 @@ class Int8Linear(FrozenLinear):
             scales=self._row_scales(),
         )
 
-    def product(self, x: Tensor) -> Tensor:
-        """Return ``x @ W.T + b``; on CUDA by the kernels of LLM.int8().
+    def product(self, x: Tensor, total: Tensor | None = None) -> Tensor:
+        """Return ``x @ W.T + b``, added to ``total`` if given; on CUDA by the kernels of LLM.int8().
 
-        ``bitsandbytes.matmul`` computes the same, but logs a warning in each call that is not in fp16.
+        ``bitsandbytes.matmul`` computes the same, but logs a warning in each call that is not in fp16. Its kernels take
+        nothing that their sums begin with, so the product is rounded before it is added to ``total``.
         """
         if not x.is_cuda or x.numel() == 0:
-            return super().product(x)
+            return super().product(x, total)
         rows = x.reshape(-1, self.in_features)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         codes, absmax, outliers = bnb_functional.int8_vectorwise_quant(
@@ -336,7 +337,8 @@ class Int8Linear(FrozenLinear):
             product = torch.ops.bitsandbytes.int8_scaled_mm(
                 codes, self.codes, absmax, self.absmax, bias=bias, dtype=x.dtype
             )
-        return product.reshape(*x.shape[:-1], self.out_features)
+        product = product.reshape(*x.shape[:-1], self.out_features)
+        return product if total is None else total.add_(product)
 
     def extra_repr(self) -> str:
         """Describe the layer in ``print(model)``."""

@@ -1,9 +1,10 @@
 """The function of LoRA layers with a common input, forward and backward by hand.
 
 For frozen W_i and trained A_i, B_i: ``y_i = W_i x + b_i + s_i B_i z_i`` with ``z_i = A_i x``. All A_i are multiplied at
-once. The products that make the updates also scale and add them; likewise the parts of the gradient with respect to x.
-A residual that the output of a single layer is added to comes in with the update. The updates of a gated pair are left
-to SwiGLU's kernel, which reads the products anyway; a product has the same gradient with its update as without.
+once. An update is what the sums of the product with W begin with, so it counts before they are rounded. Added to the
+rounded product, as PEFT does, an update below half the last digit would be lost: in bf16, of which two or three decimal
+digits are kept, that is most of what a LoRA says in its first steps. The updates of a gated pair are left to SwiGLU's
+kernel, which reads the products anyway and adds in fp32; a product has the same gradient with its update as without.
 
 It is two autograd functions, since torch packs what a function saves only after its forward has run. A checkpointed
 block is recomputed until its last tensor is saved; were that done by the function that multiplies with W, the product
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lavintk.kernels import LowRank, add_low_rank, fused, swiglu, swiglu_low_rank
+from lavintk.kernels import LowRank, fused, swiglu, swiglu_low_rank
 
 if TYPE_CHECKING:
     from lavintk_lora.adapter import LoraLinear
@@ -150,8 +151,8 @@ class _Outer(torch.autograd.Function):
         ctx.layers, ctx.node = layers, inner.grad_fn
         products = []
         for layer, update in zip(layers, _updates(layers, factors, inner)):
-            product = layer.base.product(x)
-            products.append(add_low_rank(product, update, residual) if updated else product)
+            product = layer.base.product(x, _expanded(update, x) if updated else None)
+            products.append(product if residual is None else product.add_(residual))
         return tuple(products)
 
     @staticmethod
@@ -180,6 +181,13 @@ class _Outer(torch.autograd.Function):
         if any(needed[count:]):
             up_gradients = _up_gradients(rows, inner.split(ranks, dim=1), layers)
         return (None, None, None, x_gradient, residual_gradient, None, *down_gradients, *up_gradients)
+
+
+def _expanded(update: LowRank, x: Tensor) -> Tensor:
+    """Return what ``update`` adds to a product with ``x`` ``[..., in]``."""
+    added = x.new_empty(update.inner.shape[0], update.up.shape[0])
+    added.addmm_(update.inner, update.up.t(), beta=0, alpha=update.scale)  # scaled within the product
+    return added.view(*x.shape[:-1], update.up.shape[0])
 
 
 def _inner_gradient(
