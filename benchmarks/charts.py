@@ -176,31 +176,37 @@ def _measured(axes: Axes, place: int, result: Mapping[str, Any], end: float) -> 
 
 
 def loss_curves(runs: Mapping[str, Mapping[str, Any]], footer: Sequence[str], path: Path) -> None:
-    """Draw two trainers' losses over the steps, above their difference beside that of another start.
+    """Draw two trainers' losses over the steps, above how far they are from the other side's in fp32.
 
-    :param runs: by what a column is headed with; each has ``lavintk``, ``hf`` and ``other_start``: losses in nats per
-        trained token.
+    :param runs: by what a column is headed with; each has ``lavintk``, ``hf``, ``fp32`` and ``other_start``: losses in
+        nats per trained token; ``fp32`` and ``hf`` are equal where both computed in it.
     """
     figure = _figure(5.2 * len(runs) + 0.6, 6.0)
     axes = figure.subplots(2, len(runs), squeeze=False, sharex="col", height_ratios=[2, 1])
     for (upper, lower), (heading, curves) in zip(axes.T, runs.items()):
         steps = range(1, len(curves["hf"]) + 1)
-        upper.plot(steps, curves["other_start"], color="#c3c7cd", lw=1.5, label="HF + PEFT, another start")
-        upper.plot(steps, curves["hf"], color="#d98032", lw=3, label="HF + PEFT")
+        in_fp32 = curves["hf"] == curves["fp32"]
+        upper.plot(steps, curves["other_start"], color="#c3c7cd", lw=1.5, label="HF + PEFT in fp32, another start")
+        if not in_fp32:
+            upper.plot(steps, curves["fp32"], color=INK, lw=1, label="HF + PEFT in fp32, same start")
+        upper.plot(steps, curves["hf"], color="#d98032", lw=3 if in_fp32 else 1.5, label="HF + PEFT")
         upper.plot(steps, curves["lavintk"], color="#0b6e99", lw=1.3, ls=(0, (4, 2)), label="lavintk, same start")
         upper.set_title(heading, loc="left", fontsize=10, fontweight="bold", color=INK)
         upper.set_ylabel("loss (nats per trained token)")
         upper.set_ylim(bottom=0)
         upper.legend(frameon=False)
-        noise = [other - hf for other, hf in zip(curves["other_start"], curves["hf"])]
-        difference = [ours - hf for ours, hf in zip(curves["lavintk"], curves["hf"])]
+        shown = {"other_start": ("#c3c7cd", "another start"), "lavintk": ("#0b6e99", "lavintk")}
+        if not in_fp32:
+            shown["hf"] = ("#d98032", "HF + PEFT")
         lower.axhline(0, color=PALE, lw=0.8)
-        lower.plot(steps, noise, color="#c3c7cd", lw=1.5, label="another start - HF")
-        lower.plot(steps, difference, color="#0b6e99", lw=1.5, label="lavintk - HF")
+        bound = 1e-6
+        for name, (color, label) in shown.items():
+            difference = [own - wide for own, wide in zip(curves[name], curves["fp32"])]
+            lower.plot(steps, difference, color=color, lw=1.5, label=label)
+            bound = max(bound, 1.6 * max(map(abs, difference)))  # room for the legend
         lower.set_xlabel("optimizer step")
-        lower.set_ylabel("difference (nats)")
-        lower.legend(frameon=False, ncols=2)
-        bound = 1.6 * max(map(abs, [*noise, *difference, 1e-6]))  # room for the legend
+        lower.set_ylabel("from fp32 (nats)")
+        lower.legend(frameon=False, ncols=3)
         lower.set_ylim(-bound, bound)
         lower.xaxis.get_major_locator().set_params(integer=True)
     _finish(figure, "The same learning: LoRA with lavintk and with transformers + PEFT", footer, path)

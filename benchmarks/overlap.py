@@ -1,11 +1,12 @@
-"""Whether lavintk learns what transformers + PEFT learns: two loss curves from one start, and how far they are apart.
+"""Whether lavintk learns what transformers + PEFT learns: loss curves from one start, and how far they are apart.
 
     python benchmarks/overlap.py [--quant none --quant nf4] [--steps 200] [--json overlap.json] [--plot overlap.png]
 
 Both train LoRA (r=16, alpha=32, all seven linear layers) on the same small real model with the same weights, the same
 LoRA weights at the start, the same rows in the same order and torch's AdamW at a constant rate. With ``nf4`` each side
 quantizes by itself, and the command says how far the quantized weights differ. lavintk lays rows end to end, the other
-side pads them. What difference is noise is shown by a third run: transformers + PEFT from other LoRA weights.
+side pads them. In bf16 a third run, transformers + PEFT computing in fp32 with the same weights, shows what each side
+loses by rounding. What difference is noise is shown by yet another one: the same in fp32 from other LoRA weights.
 
 Rows come from ``--data``, a file in alpaca's format, or are made up: descriptions of simple pictures with questions.
 On a CPU the default is a few steps, which take less than two minutes.
@@ -73,17 +74,18 @@ def made_up_records(count: int, seed: int = 0) -> list[dict[str, str]]:
     return rows
 
 
-def assemble(arguments: argparse.Namespace, quant: str, data: Path, device: torch.device) -> Assembly:
+def assemble(arguments: argparse.Namespace, quant: str, data: Path, precision: str) -> Assembly:
     """Return lavintk's model with LoRA as a recipe makes it."""
+    device = arguments.device
     recipe = make_recipe({
         "name": "overlap", "model": {"language": arguments.model}, "quant": quant, "adapter": ADAPTERS["lora"],
         "data": {"train": {"name": "alpaca", "path": str(data)}, "max_length": arguments.max_length},
     })  # fmt: skip
-    return build(recipe, installed_plugins(), device, pick_precision(arguments.precision, device))
+    return build(recipe, installed_plugins(), device, pick_precision(precision, device))
 
 
 def dense_weights(model: MultimodalModel) -> Weights:
-    """Return the weights of an unquantized model by their names in transformers' causal LM."""
+    """Return the weights of an unquantized model in fp32 by their names in transformers' causal LM."""
     weights = {name: parameter.data for name, parameter in model.frozen_parameters().items()}
     for name, layer in model.linears().items():
         weights[f"{name}.weight"] = layer.dequantize(model.dtype)
@@ -194,25 +196,57 @@ def largest_difference(ours: MultimodalModel, theirs: Any) -> float:
 def compare(
     ours: Assembly, dense: Weights, rows: Sequence[TokenizedRecord], quant: str, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Train three times and return the curves and how far they are apart, in nats per trained token."""
+    """Train with each side and return the curves and how far they are apart, in nats per trained token."""
     model, device = ours.model, ours.model.device
     config: PretrainedConfig = model.language.config
     plan, start = make_plan(rows, arguments.rows, arguments.steps), start_of(model)
-    theirs = peers.hf_model(config, dense.__getitem__, quant=quant, device=device, dtype=model.dtype)
+    quantized = {f"{name.removeprefix(LANGUAGE)}.weight" for name in model.linears()} if quant == "nf4" else set()
+
+    def read(name: str) -> torch.Tensor:
+        """Return what lavintk has as well: values are rounded unless they are quantized, which is done from fp32."""
+        return dense[name] if name in quantized else dense[name].to(model.dtype)
+
+    theirs = peers.hf_model(config, read, quant=quant, device=device, dtype=model.dtype)
     apart = largest_difference(model, theirs)
     begun = time.perf_counter()
     lavintk = train_lavintk(model, rows, plan, arguments)
     seconds = time.perf_counter() - begun
+
+    def from_start(lora: Any, begun: Weights) -> list[float]:
+        set_lora(lora, begun)
+        return train_peft(lora, rows, plan, arguments.lr, device)
+
     lora = peers.with_lora(theirs, checkpointing=False)
-    set_lora(lora, start)
-    hf = train_peft(lora, rows, plan, arguments.lr, device)
-    set_lora(lora, other_start(start))
-    other = train_peft(lora, rows, plan, arguments.lr, device)
+    hf = reference = from_start(lora, start)
+    if model.dtype != torch.float32:
+        wide = peers.hf_model(config, read, quant=quant, device=device, dtype=torch.float32)
+        lora = peers.with_lora(wide, checkpointing=False)
+        reference = from_start(lora, start)
+    other = from_start(lora, other_start(start))
     return {
-        "weights_differ_by": apart, "lavintk_seconds": round(seconds, 1),
-        "difference": spread(lavintk, hf), "noise": spread(other, hf),
-        "lavintk": lavintk, "hf": hf, "other_start": other,
+        "precision": str(model.dtype).removeprefix("torch."),
+        "weights_differ_by": apart, "lavintk_seconds": round(seconds, 1), "difference": spread(lavintk, hf),
+        "lavintk_from_fp32": spread(lavintk, reference), "hf_from_fp32": spread(hf, reference),
+        "noise": spread(other, reference),
+        "lavintk": lavintk, "hf": hf, "fp32": reference, "other_start": other,
     }  # fmt: skip
+
+
+def in_words(quant: str, run: dict[str, Any], arguments: argparse.Namespace) -> str:
+    """Return what a comparison came to."""
+
+    def distances(name: str) -> str:
+        return f"{run[name]['mean']:.2g} on average, {run[name]['largest']:.2g} at most"
+
+    lines = [
+        f"{quant}, {run['precision']}: loss {run['hf'][0]:.4f} -> {run['hf'][-1]:.4f} (HF + PEFT), "
+        f"{run['lavintk'][0]:.4f} -> {run['lavintk'][-1]:.4f} (lavintk) in {arguments.steps} steps of {arguments.rows} "
+        f"rows; apart by {distances('difference')}; frozen weights differ by {run['weights_differ_by']:.2g}",
+        f"  from HF + PEFT in fp32: another start {distances('noise')}",
+    ]
+    if run["precision"] != "float32":
+        lines.append(f"  lavintk {distances('lavintk_from_fp32')}; HF + PEFT {distances('hf_from_fp32')}")
+    return "\n".join(lines)
 
 
 def spread(curve: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
@@ -256,21 +290,14 @@ def train_all(arguments: argparse.Namespace) -> dict[str, Any]:
         data = arguments.data or Path(folder) / "rows.json"
         if arguments.data is None:
             data.write_text(json.dumps(made_up_records(arguments.steps * arguments.rows)), encoding="utf-8")
-        plain = assemble(arguments, "none", data, arguments.device)
+        plain = assemble(arguments, "none", data, "fp32")
         dense = dense_weights(plain.model)
         records = load_records(Choice("alpaca", {"path": str(data)}), "train")
         rows, _ = tokenize_all(records, plain.template, arguments.max_length)
         for quant in dict.fromkeys(arguments.quant or ["none", "nf4"]):
-            ours = plain if quant == "none" else assemble(arguments, quant, data, arguments.device)
+            ours = assemble(arguments, quant, data, arguments.precision)
             run = runs[quant] = compare(ours, dense, rows, quant, arguments)
-            difference, noise = run["difference"], run["noise"]
-            print(
-                f"{quant}: loss {run['hf'][0]:.4f} -> {run['hf'][-1]:.4f} (HF + PEFT), {run['lavintk'][0]:.4f} -> "
-                f"{run['lavintk'][-1]:.4f} (lavintk) in {arguments.steps} steps of {arguments.rows} rows; apart by "
-                f"{difference['mean']:.2g} on average, {difference['largest']:.2g} at most; another start is apart by "
-                f"{noise['mean']:.2g}, {noise['largest']:.2g}; frozen weights differ by {run['weights_differ_by']:.2g}",
-                flush=True,
-            )
+            print(in_words(quant, run, arguments), flush=True)
             if arguments.json:
                 arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
@@ -282,7 +309,10 @@ def main() -> None:
     report = json.loads(arguments.source.read_text(encoding="utf-8")) if arguments.source else train_all(arguments)
     if arguments.plot and can_draw():
         stored = {"none": "unquantized", "nf4": "NF4"}
-        headings = {f"{report['settings']['model']}, {stored[quant]}": run for quant, run in report["runs"].items()}
+        headings = {
+            f"{report['settings']['model']}, {stored[quant]}, {run['precision']}": run
+            for quant, run in report["runs"].items()
+        }
         loss_curves(headings, facts.in_words(report["environment"]), arguments.plot)
 
 

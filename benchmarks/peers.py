@@ -29,7 +29,7 @@ STACK = "model.layers."
 def hf_model(config: PretrainedConfig, read: Read, *, quant: str, device: torch.device, dtype: torch.dtype) -> Any:
     """Return transformers' causal LM on ``device``, its decoder's linear layers in bitsandbytes' storage.
 
-    :param read: returns a tensor by its name, in any type and on any device.
+    :param read: returns a tensor by its name, in any type and on any device; it is quantized as it is.
     :param quant: ``"nf4"`` (with double quantization) or ``"none"``.
     :param dtype: of the weights that are not quantized, and of the products.
     """
@@ -42,12 +42,12 @@ def hf_model(config: PretrainedConfig, read: Read, *, quant: str, device: torch.
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for name in [name for name, _ in model.named_parameters()]:
         path, _, leaf = name.rpartition(".")
-        module, value = model.get_submodule(path), read(name).to(device, dtype)
+        module, value = model.get_submodule(path), read(name).to(device)
         if quant == "nf4" and name.startswith(STACK) and isinstance(module, torch.nn.Linear):
             parent, _, place = path.rpartition(".")
             setattr(model.get_submodule(parent), place, four_bit_linear(value, dtype))
         else:
-            setattr(module, leaf, torch.nn.Parameter(value, requires_grad=False))
+            setattr(module, leaf, torch.nn.Parameter(value.to(dtype), requires_grad=False))
         del value
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight

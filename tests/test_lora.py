@@ -726,6 +726,43 @@ def test_in_bf16_a_gated_pair_is_as_near_to_the_exact_one_as_the_formula_is(base
         assert relative_error(ours, wanted) < 1.3 * relative_error(theirs, wanted) < 0.05
 
 
+def in_training(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
+    """With dropout, but so little that it draws nothing."""
+    for layer in layers:
+        layer.train().dropout = 1e-9
+    return forward_group(layers, x)
+
+
+@pytest.mark.parametrize(
+    ("function", "formula"),
+    [(forward_group, by_the_formula), (in_training, by_the_formula), (gated, gated_by_the_formula)],
+)
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.usefixtures("updates_in_swiglu")
+def test_updates_as_small_as_those_of_the_first_steps_are_seen_in_bf16(
+    base: str, function: Products, formula: Products
+) -> None:
+    """The formula adds them to products that are rounded already, as PEFT does."""
+    layers, x = two_on(BASES[base]), torch.randn(20_000, 64).bfloat16()
+    small = [0.005 * layer.up.detach() for layer in layers]
+
+    def change(outputs: Products, x: Tensor) -> Tensor:
+        made = []
+        for updated in (True, False):
+            for layer, up in zip(layers, small):
+                layer.up.data.copy_(up if updated else torch.zeros_like(up))
+            made.append(torch.cat([y.detach().double() for y in outputs(layers, x)]))
+        return made[0] - made[1]
+
+    def seen(outputs: Products) -> float:
+        """Return how much of the exact change is in that of the outputs in bf16."""
+        return float((change(outputs, x) * exact).sum() / exact.square().sum())
+
+    exact = change(formula, x.float())
+    assert seen(formula) < 0.2
+    assert seen(function) == pytest.approx(1, abs=0.1)
+
+
 def test_the_updates_of_a_gated_pair_are_added_by_swiglus_kernel_where_there_is_one(
     updates_in_swiglu: list[tuple[int, ...]], request: pytest.FixtureRequest
 ) -> None:
