@@ -75,20 +75,22 @@ def _depth(*updates: LowRank) -> int:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _product(
-    inner_ptr: tl.tensor, up_ptr: tl.tensor, row: tl.tensor, column: tl.tensor, count: tl.tensor, width: tl.tensor,
-    stride: tl.tensor, rank: tl.constexpr, depth: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+def _updated(
+    product_ptr: tl.tensor, inner_ptr: tl.tensor, factor_ptr: tl.tensor, row: tl.tensor, column: tl.tensor,
+    count: tl.tensor, width: tl.tensor, stride: tl.tensor, scale: tl.tensor,
+    rank: tl.constexpr, depth: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Return ``inner @ up.T`` at ``row`` ``[rows, 1]`` and ``column`` ``[1, columns]`` in fp32."""
-    total = tl.zeros((rows, columns), dtype=tl.float32)
+    """Return a product ``[count, width]`` plus its update at ``row`` ``[rows, 1]`` and ``column`` ``[1, columns]``."""
+    update = tl.zeros((rows, columns), dtype=tl.float32)
     for start in tl.static_range(0, rank, depth):
         k = start + tl.arange(0, depth)
         inside = (row < count) & (k < rank)[None, :]
         inner = tl.load(inner_ptr + row * stride + k[None, :], mask=inside, other=0.0)
         inside = (k < rank)[:, None] & (column < width)
-        up = tl.load(up_ptr + column * rank + k[:, None], mask=inside, other=0.0)
-        total = tl.dot(inner, up, total, input_precision="ieee")
-    return total
+        factor = tl.load(factor_ptr + column * rank + k[:, None], mask=inside, other=0.0)
+        update = tl.dot(inner, factor, update, input_precision="ieee")
+    product = tl.load(product_ptr + row * width + column, mask=(row < count) & (column < width), other=0.0)
+    return product.to(tl.float32) + update * scale
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -101,16 +103,16 @@ def _gated(
     """Compute a tile of ``count`` rows of ``width``."""
     row = (tl.program_id(1).to(tl.int64) * rows + tl.arange(0, rows))[:, None]
     column = (tl.program_id(0) * columns + tl.arange(0, columns))[None, :]
-    place, inside = row * width + column, (row < count) & (column < width)
-    gate = tl.load(gate_ptr + place, mask=inside, other=0.0)
-    up = tl.load(up_ptr + place, mask=inside, other=0.0)
-    of_gate = _product(
-        gate_inner_ptr, gate_factor_ptr, row, column, count, width, gate_stride, gate_rank, depth, rows, columns
-    )
-    of_up = _product(up_inner_ptr, up_factor_ptr, row, column, count, width, up_stride, up_rank, depth, rows, columns)
-    wide = gate.to(tl.float32) + of_gate * gate_scale
-    raised = up.to(tl.float32) + of_up * up_scale
-    tl.store(out_ptr + place, (wide / (1.0 + tl.exp(-wide)) * raised).to(gate.dtype), mask=inside)
+    gate = _updated(
+        gate_ptr, gate_inner_ptr, gate_factor_ptr, row, column, count, width, gate_stride, gate_scale, gate_rank,
+        depth, rows, columns,
+    )  # fmt: skip
+    up = _updated(
+        up_ptr, up_inner_ptr, up_factor_ptr, row, column, count, width, up_stride, up_scale, up_rank, depth, rows,
+        columns,
+    )  # fmt: skip
+    out = (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * width + column, out, mask=(row < count) & (column < width))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -125,17 +127,17 @@ def _gated_backward(
     row = (tl.program_id(1).to(tl.int64) * rows + tl.arange(0, rows))[:, None]
     column = (tl.program_id(0) * columns + tl.arange(0, columns))[None, :]
     place, inside = row * width + column, (row < count) & (column < width)
-    gate = tl.load(gate_ptr + place, mask=inside, other=0.0)
-    up = tl.load(up_ptr + place, mask=inside, other=0.0)
-    of_gate = _product(
-        gate_inner_ptr, gate_factor_ptr, row, column, count, width, gate_stride, gate_rank, depth, rows, columns
-    )
-    of_up = _product(up_inner_ptr, up_factor_ptr, row, column, count, width, up_stride, up_rank, depth, rows, columns)
-    wide = gate.to(tl.float32) + of_gate * gate_scale
-    raised = up.to(tl.float32) + of_up * up_scale
+    gate = _updated(
+        gate_ptr, gate_inner_ptr, gate_factor_ptr, row, column, count, width, gate_stride, gate_scale, gate_rank,
+        depth, rows, columns,
+    )  # fmt: skip
+    up = _updated(
+        up_ptr, up_inner_ptr, up_factor_ptr, row, column, count, width, up_stride, up_scale, up_rank, depth, rows,
+        columns,
+    )  # fmt: skip
     grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    bottom = 1.0 + tl.exp(-wide)
-    sigmoid = 1.0 / bottom
-    through_silu = grad * raised * sigmoid * (1.0 + wide * (1.0 - sigmoid))
-    tl.store(of_gate_ptr + place, through_silu.to(gate.dtype), mask=inside)
-    tl.store(of_up_ptr + place, (grad * (wide / bottom)).to(gate.dtype), mask=inside)
+    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    of_gate = grad * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    of_up = grad * gate * sigmoid
+    tl.store(of_gate_ptr + place, of_gate.to(of_gate_ptr.dtype.element_ty), mask=inside)
+    tl.store(of_up_ptr + place, of_up.to(of_up_ptr.dtype.element_ty), mask=inside)
