@@ -15,6 +15,7 @@ On a CPU the default is a few steps, which take less than two minutes.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import random
@@ -187,7 +188,9 @@ def largest_difference(ours: MultimodalModel, theirs: Any) -> float:
     differences = []
     for name, layer in ours.linears().items():
         weight = theirs.get_submodule(name.removeprefix(LANGUAGE)).weight
-        state = getattr(weight, "quant_state", None)
+        state = copy.copy(getattr(weight, "quant_state", None))
+        if state is not None:
+            state.dtype = torch.float32
         value = weight if state is None else untyped.dequantize_4bit(weight.data, state)
         differences.append(float((layer.dequantize(torch.float32) - value.float()).abs().max()))
     return max(differences)
@@ -200,11 +203,10 @@ def compare(
     model, device = ours.model, ours.model.device
     config: PretrainedConfig = model.language.config
     plan, start = make_plan(rows, arguments.rows, arguments.steps), start_of(model)
-    quantized = {f"{name.removeprefix(LANGUAGE)}.weight" for name in model.linears()} if quant == "nf4" else set()
 
     def read(name: str) -> torch.Tensor:
-        """Return what lavintk has as well: values are rounded unless they are quantized, which is done from fp32."""
-        return dense[name] if name in quantized else dense[name].to(model.dtype)
+        """Return a weight as lavintk has it, before it is quantized."""
+        return dense[name].to(model.dtype)
 
     theirs = peers.hf_model(config, read, quant=quant, device=device, dtype=model.dtype)
     apart = largest_difference(model, theirs)

@@ -29,7 +29,7 @@ STACK = "model.layers."
 def hf_model(config: PretrainedConfig, read: Read, *, quant: str, device: torch.device, dtype: torch.dtype) -> Any:
     """Return transformers' causal LM on ``device``, its decoder's linear layers in bitsandbytes' storage.
 
-    :param read: returns a tensor by its name, in any type and on any device; it is quantized as it is.
+    :param read: returns a tensor by its name, in any type and on any device; it is quantized as it comes.
     :param quant: ``"nf4"`` (with double quantization) or ``"none"``.
     :param dtype: of the weights that are not quantized, and of the products.
     """
