@@ -888,7 +888,7 @@ class PressCtrlC:
     @hookimpl
     def lavintk_step_finished(self, step: Any) -> None:
         for _ in range(self.times if step.step == self.at else 0):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
 
 def trained_tensors(run: Path) -> dict[str, torch.Tensor]:
@@ -921,8 +921,8 @@ def test_ctrl_c_twice_while_a_checkpoint_is_written_leaves_the_one_before(
 
     def save(content: Any, path: Path) -> None:
         if content["state"]["step"] == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         real(content, path)
 
     with monkeypatch.context() as patch:
@@ -939,7 +939,7 @@ def test_ctrl_c_twice_while_a_checkpoint_is_written_leaves_the_one_before(
 def test_ctrl_c_while_the_model_loads_leaves_no_run(
     tiny_folder: Path, tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lavintk.training.build", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("lavintk.training.build", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     stopped = run_cli("train", write_recipe(tmp_path, recipe(tiny_folder)), "--out", str(tmp_path / "run"))
     assert (stopped.exit_code, stopped.stderr.strip()) == (130, "Stopped.")
     assert not (tmp_path / "run").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -139,7 +138,7 @@ class PressCtrlC:
     @hookimpl
     def lavintk_step_finished(self, step: Any) -> None:
         if step.step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_an_interrupted_run_resumes_to_the_weights_of_an_uninterrupted_one(tiny_folder: Path, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Training runs from end to end on tiny models: what they promise about sums, resuming, stopping and faults."""
 
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -162,7 +161,7 @@ class PressCtrlC:
     @hookimpl
     def lavintk_step_finished(self, step: Any) -> None:
         if step.step == self.at:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize("optim", ["adamw", "paged", "paged-8bit"])
