@@ -177,13 +177,16 @@ class _FrozenProduct(torch.autograd.Function):
         return ctx.layer.input_gradient(gradient.to(ctx.dtype)), None, of_update
 
 
-def product_with_update(layer: FrozenLinear, x: Tensor, update: Tensor) -> Tensor:
-    """Add ``layer(x)`` to ``update`` in place and return it; gradients flow to both.
+def forward_with_update(layer: FrozenLinear, x: Tensor, update: Tensor) -> Tensor:
+    """Return ``layer(x) + update``, for adapters; gradients flow to ``x`` and ``update``.
 
-    In bf16 a small update is lost if it is added to what ``layer`` returns; see :meth:`FrozenLinear.product`.
+    In 16 bits a small update is lost if it is added to what ``layer`` returns; see :meth:`FrozenLinear.product`. A
+    layer with hooks is called all the same.
 
-    :param x: ``[..., in]``. :param update: contiguous ``[..., out]`` in the type of ``x``.
+    :param x: ``[..., in]``. :param update: contiguous ``[..., out]`` in the type of ``x``; it may be changed in place.
     """
+    if has_hooks(layer):
+        return cast(Tensor, layer(x)) + update
     return cast(Tensor, _FrozenProduct.apply(x, layer, update))  # type: ignore[no-untyped-call]
 
 

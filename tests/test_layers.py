@@ -16,7 +16,7 @@ from lavintk.layers import (
     PackedWeight,
     forward_group,
     forward_onto,
-    product_with_update,
+    forward_with_update,
 )
 from lavintk_bnb.quantizers import FourBitQuantizer, Int8Quantizer
 from lavintk_int4.quantizer import Int4Quantizer
@@ -131,8 +131,10 @@ def test_an_update_too_small_for_the_rounded_product_is_seen_on_a_gpu(quantizer:
 def test_a_product_with_an_update_has_the_gradients_of_a_sum() -> None:
     layer = make_halves().double()
     x, update = torch.randn(2, 3, 7).double().requires_grad_(), torch.randn(2, 3, 5).double().requires_grad_()
-    torch.testing.assert_close(product_with_update(layer, x, update.clone()), update + layer(x))
-    assert torch.autograd.gradcheck(lambda x, update: product_with_update(layer, x, update.clone()), (x, update))
+    torch.testing.assert_close(forward_with_update(layer, x, update.clone()), update + layer(x))
+    assert torch.autograd.gradcheck(lambda x, update: forward_with_update(layer, x, update.clone()), (x, update))
+    layer.register_forward_hook(lambda layer, arguments, output: 2 * output)
+    torch.testing.assert_close(forward_with_update(layer, x, update), update + layer(x))
 
 
 def test_input_gradient_takes_a_gradient_that_is_not_contiguous() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lavintk.contracts import AffineUpdate
 from lavintk.kernels import swiglu
-from lavintk.layers import FrozenLinear, has_hooks, product_with_update
+from lavintk.layers import FrozenLinear, forward_with_update, has_hooks
 from lavintk.targets import peft_targets, select_linears
 from lavintk_lora.files import load_lora, save_lora
 from lavintk_lora.fused import lora_gated, lora_product_onto, lora_products
@@ -75,9 +75,7 @@ class LoraLinear(nn.Module):
         # scaling r values per token is cheaper than scaling out_features of them
         inner = self.scale * F.linear(F.dropout(x, self.dropout, self.training), self.down.to(x.dtype))
         update = F.linear(inner, self.up.to(x.dtype))
-        if has_hooks(self.base):
-            return cast(Tensor, self.base(x)) + update
-        return product_with_update(self.base, x, update)
+        return forward_with_update(self.base, x, update)
 
     def extra_repr(self) -> str:
         """Describe the layer in ``print(model)``."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lavintk.contracts import AffineUpdate
 from lavintk.errors import ModelError
-from lavintk.layers import FrozenLinear
+from lavintk.layers import FrozenLinear, forward_with_update
 from lavintk.tensor_file import load_parameters
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ class LowrankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``[..., out]`` in the type of ``x`` ``[..., in]``."""
-        base: Tensor = self.base(x)
-        return base + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        update = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        return forward_with_update(self.base, x, update)
 
 
 class LowrankAdapter:
