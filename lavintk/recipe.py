@@ -151,12 +151,13 @@ class TrainSection(Section):
     )
     pack: Literal["auto", True, False] = Field(
         "auto",
-        description="put the rows of a step together into full micro-batches; auto: where CUDA graphs are recorded",
+        description="put the rows of a step together into full micro-batches; auto: where CUDA graphs are recorded, "
+        "and on a CPU with accumulate",
     )
     pack_tokens: int | None = Field(
         None,
         ge=64,
-        description="tokens of a packed micro-batch; null: room for batch_size of the longest rows, on CUDA "
+        description="tokens of a packed micro-batch; null: room for batch_size of the longest rows, "
         "more where memory allows",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
 from rich.console import Console
 
@@ -60,7 +61,16 @@ from lavintk.report import TrainingDisplay, duration, loading_bar, scores_table
 from lavintk.resuming import check_resumable
 from lavintk.run import CHECKPOINTS, METRICS, PREDICTIONS, Run, evaluate, load_records
 from lavintk.schedule import build_optimizer, learning_rate
-from lavintk.spare_memory import pack_sizes, packs_freely, recomputes_freely, settle, with_kept
+from lavintk.spare_memory import (
+    LARGEST_ON_HOST,
+    LARGEST_PACK,
+    pack_sizes,
+    packs_freely,
+    recomputes_freely,
+    settle,
+    settle_on_host,
+    with_kept,
+)
 
 
 def train(
@@ -265,8 +275,11 @@ class Trainer:
         longest = max(len(row) for row in self.rows)
         self.capacity = settings.pack_tokens or round_up(settings.batch_size * longest, GRAIN)
         self.engine, reason = self._make_engine()
-        packs = self.engine.records if settings.pack == "auto" else settings.pack
-        recomputed = self._use_memory(packs) if self.device.type == "cuda" else ""
+        packs, recomputed = self._packs(), ""
+        if self.device.type == "cuda":
+            recomputed = self._use_memory(packs)
+        elif packs:
+            self._grow_packs()
         self.order = StepOrder(self.rows, settings, self.capacity if packs else None)
         why = f" ({reason})" if reason else ""
         self._say(", ".join([f"engine {self.engine.name}{why}", *filter(None, [recomputed, self.order.describe()])]))
@@ -274,6 +287,22 @@ class Trainer:
     def _make_engine(self) -> tuple[Engine, str]:
         settings = self.recipe.train
         return choose_engine(settings.engine, self.assembly.model, self.scaler, self.capacity, settings.seed, self._say)
+
+    def _packs(self) -> bool:
+        """Whether the rows of a step are put together anew."""
+        settings = self.recipe.train
+        if settings.pack != "auto" or self.engine.records:
+            return settings.pack is not False
+        on_cpu = self.device.type == "cpu" and self.engine.name == "eager"
+        # LaVIN's own way of routing depends on who is in a micro-batch
+        return on_cpu and settings.accumulate > 1 and not self.assembly.model.manner.blank_first
+
+    def _grow_packs(self) -> None:
+        """Settle how many tokens a pack has on a CPU; a run that goes on keeps what it began with."""
+        batches = [self._micro_batch(tokens, packs=True) for tokens in self._pack_sizes(True)]
+        free = psutil.virtual_memory().available
+        settled = settle_on_host(self.assembly.model, self.recipe, self.plugins, free, batches)
+        self.capacity = self._facts["pack_tokens"] = settled.tokens
 
     def _use_memory(self, packs: bool) -> str:
         """Settle on a CUDA device what the recipe leaves open, foretell its memory, and say how much is recomputed.
@@ -310,12 +339,14 @@ class Trainer:
 
     def _pack_sizes(self, packs: bool) -> list[int]:
         """Return what a full micro-batch may have of tokens, the smallest first."""
-        before = self.run.manifest.get("pack_tokens")
-        if not packs or not packs_freely(self.recipe, self.engine.name):
+        before, on_host = self.run.manifest.get("pack_tokens"), self.device.type != "cuda"
+        freely = self.recipe.train.pack_tokens is None if on_host else packs_freely(self.recipe, self.engine.name)
+        if not packs or not freely:
             return [self.capacity]
         rows = self.recipe.train.batch_size * self.recipe.train.accumulate
         in_step = math.ceil(min(rows, len(self.rows)) * sum(map(len, self.rows)) / len(self.rows))
-        return [before] if before else pack_sizes(self.capacity, in_step)
+        largest = LARGEST_ON_HOST if on_host else LARGEST_PACK
+        return [before] if before else pack_sizes(self.capacity, in_step, largest)
 
     def _micro_batch(self, tokens: int, packs: bool) -> MicroBatch:
         images = StepOrder(self.rows, self.recipe.train, tokens if packs else None).most_images()

@@ -10,10 +10,11 @@ from lavintk.cards import CARDS, UNKNOWN, card_called
 from lavintk.data.steps import StepOrder
 from lavintk.data.tokenize import TokenizedRecord
 from lavintk.plan import MicroBatch
+from lavintk.plugins import installed_plugins
 from lavintk.recipe import TrainSection
 from lavintk.spare_memory import pack_sizes as sizes
-from lavintk.spare_memory import packs_freely, possible_batches, recomputes_freely
-from tests.test_plan import LORA, text_recipe
+from lavintk.spare_memory import packs_freely, possible_batches, recomputes_freely, settle_on_host
+from tests.test_plan import LORA, outline, text_recipe
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,14 @@ def test_a_pack_holds_the_smallest_or_twice_as_many_tokens_up_to_a_step(
     smallest: int, step: int, expected: list[int]
 ) -> None:
     assert sizes(smallest, step) == expected
+
+
+@pytest.mark.parametrize(("free", "expected"), [(0, 256), (4e9, 256), (20e9, 512), (100e9, 1024)])
+def test_packs_grow_on_a_cpu_by_a_quarter_of_the_free_memory(free: float, expected: int) -> None:
+    """A token through the layers of 7B takes 2 bytes x (8 widths + 3 of the MLP) x 32, counted twice: 8.4 MB."""
+    model, recipe = outline("7b", LORA), text_recipe(LORA, "paged-8bit", 1, 256)
+    batches = [MicroBatch(tokens, 0) for tokens in sizes(256, 40_000, largest=1024)]
+    assert settle_on_host(model, recipe, installed_plugins(), int(free), batches).tokens == expected
 
 
 @pytest.mark.parametrize(

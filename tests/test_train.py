@@ -209,6 +209,27 @@ def test_packed_steps_learn_what_unpacked_ones_do_with_fewer_micro_batches(tiny_
     assert runs[True][2] == pytest.approx(runs[False][2], rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("adapter", "accumulate", "packs"),
+    [
+        ("mma:dropout=0.0", 4, True),
+        ("mma:dropout=0.0", 1, False),
+        ("mma:dropout=0.0,compat=lavin,visual=router", 4, False),
+    ],
+)
+def test_on_a_cpu_the_micro_batches_of_a_step_are_put_together_where_there_are_several(
+    tiny_folder: Path, tmp_path: Path, adapter: str, accumulate: int, packs: bool
+) -> None:
+    losses, packed = [], []
+    for pack in ("auto", False):
+        content = multimodal(tiny_folder, max_steps=3, batch_size=1, accumulate=accumulate, pack=pack)
+        run = lavintk.train(content | {"adapter": adapter}, tmp_path / str(pack))
+        losses.append([json.loads(line)["loss"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()])
+        packed.append("pack_tokens" in run.manifest)
+    assert packed == [packs, False]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_records_and_keeps_the_last_good_state(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
