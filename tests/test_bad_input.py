@@ -940,7 +940,11 @@ def test_ctrl_c_while_the_model_loads_leaves_no_run(
     tiny_folder: Path, tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lavintk.training.build", lambda *_, **__: signal.raise_signal(signal.SIGINT))
-    stopped = run_cli("train", write_recipe(tmp_path, recipe(tiny_folder)), "--out", str(tmp_path / "run"))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have jobs in the background ignore it
+    try:
+        stopped = run_cli("train", write_recipe(tmp_path, recipe(tiny_folder)), "--out", str(tmp_path / "run"))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (stopped.exit_code, stopped.stderr.strip()) == (130, "Stopped.")
     assert not (tmp_path / "run").exists()
 
