@@ -135,6 +135,8 @@ def settle_on_host(
 
     :param batches: the smallest first, which takes what the recipe asks for.
     """
+    if len(batches) == 1:
+        return batches[0]
     recomputed = {"train.checkpointing": model.checkpointing}
     planned = [
         plan_of(model, make_recipe(recipe.dump(), recomputed), plugins, "eager", batch).allocated for batch in batches
