@@ -214,8 +214,8 @@ def compare(
     lavintk = train_lavintk(model, rows, plan, arguments)
     seconds = time.perf_counter() - begun
 
-    def from_start(lora: Any, begun: Weights) -> list[float]:
-        set_lora(lora, begun)
+    def from_start(lora: Any, weights: Weights) -> list[float]:
+        set_lora(lora, weights)
         return train_peft(lora, rows, plan, arguments.lr, device)
 
     lora = peers.with_lora(theirs, checkpointing=False)

@@ -21,7 +21,7 @@ DEEPEST = 64
 
 
 def swiglu_low_rank(gate: Tensor, up: Tensor, gate_update: LowRank, up_update: LowRank) -> Tensor:
-    """Compute :func:`lavintk.kernels.swiglu_low_rank`; likewise."""
+    """Compute :func:`lavintk.kernels.swiglu_low_rank`; all of one type and device, ``gate`` and ``up`` contiguous."""
     return cast(Tensor, _SwiGLULowRank.apply(gate, up, gate_update, up_update))  # type: ignore[no-untyped-call]
 
 
