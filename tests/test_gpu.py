@@ -256,7 +256,7 @@ def test_a_device_that_is_full_all_the_same_recomputes_all_layers(
     run_module = MultimodalModel._run_module
 
     def greedy(self: MultimodalModel, *arguments: Any) -> torch.Tensor:
-        if torch.cuda.is_current_stream_capturing() and self.checkpointing is False:
+        if torch.cuda.is_current_stream_capturing() and not self.checkpointing:
             torch.empty(1 << 50, dtype=torch.uint8, device="cuda")  # a petabyte
         return run_module(self, *arguments)
 

@@ -151,7 +151,8 @@ class MixtureOfModalityAdapter(nn.Module):
     def attach(self, model: MultimodalModel) -> None:
         """Wrap the norms in front of q, k, v (and of the feed-forward layers with ``placement=block``)."""
         self._linears = model.linears()
-        self.modality = nn.Embedding(len(CONDITIONS), model.hidden_size, device=model.device)
+        # drawn on the host, as all that follows, so that a seed gives the same start on every device
+        self.modality = nn.Embedding(len(CONDITIONS), model.hidden_size).to(model.device)
         for index, layer in enumerate(model.layers):
             self._wrap_language(model, layer, index, "input_layernorm", "attn")
             if self.options.placement == "block":
