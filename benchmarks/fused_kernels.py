@@ -26,6 +26,7 @@ from lavintk.contracts import Quantizer
 from lavintk.devices import describe
 from lavintk.kernels import (
     LowRank,
+    add_low_rank,
     problem,
     rms_norm,
     rms_norm_and_pass,
@@ -154,26 +155,26 @@ def update(tokens: int, width: int) -> LowRank:
 
 
 def low_rank_rows(tokens: int) -> Iterator[Row]:
-    """Yield the rows of LoRA's updates: of a product, which begins with it or is updated afterwards; within SwiGLU."""
-    for width in (HIDDEN, INNER):
+    """Yield the rows of LoRA's updates: with the product, rounded before it is updated or once; within SwiGLU."""
+    for depth, onto in ((HIDDEN, False), (INNER, True)):
 
-        def make(first: bool, width: int = width) -> Call:
-            x, weight = normal(tokens, HIDDEN, trained=False), normal(width, HIDDEN, trained=False)
-            added = update(tokens, width)
-            up = added.up.t()
+        def make(rounds_once: bool, depth: int = depth, onto: bool = onto) -> Call:
+            x, weight = normal(tokens, depth, trained=False), normal(HIDDEN, depth, trained=False)
+            added, residual = update(tokens, HIDDEN), normal(tokens, HIDDEN, trained=False) if onto else None
 
-            def before() -> Tensor:
-                total = x.new_empty(tokens, width).addmm_(added.inner, up, beta=0, alpha=added.scale)
-                return total.addmm_(x, weight.t())
+            def once() -> Tensor:
+                return add_low_rank(torch.mm(x, weight.t(), out_dtype=torch.float32), added, residual)
 
             def afterwards() -> Tensor:
-                return torch.mm(x, weight.t()).addmm_(added.inner, up, alpha=added.scale)
+                product = torch.mm(x, weight.t()).addmm_(added.inner, added.up.t(), alpha=added.scale)
+                return product if residual is None else product.add_(residual)
 
-            return before if first else afterwards
+            return once if rounds_once else afterwards
 
-        moved = 2 * (tokens * HIDDEN + width * HIDDEN + 3 * tokens * width)
-        variants = {"afterwards": partial(make, False), "before": partial(make, True)}
-        yield Row("low_rank", "of a product", f"{tokens} x {HIDDEN} x {width}", moved, variants)
+        moved = 2 * (tokens * depth + HIDDEN * depth + tokens * HIDDEN * (2 if onto else 1))
+        variants = {"torch": partial(make, False), "fused": partial(make, True)}
+        part = "product + sum" if onto else "product"
+        yield Row("low_rank", part, f"{tokens} x {depth} x {HIDDEN}", moved, variants)
 
     def make_pair() -> tuple[Any, ...]:
         return normal(tokens, INNER), normal(tokens, INNER), update(tokens, INNER), update(tokens, INNER)

@@ -16,6 +16,8 @@ from lavintk.kernels import swiglu
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """Number types that layers are made from and compute in."""
+WIDE_PRODUCTS = torch.version.cuda is not None and "dtype" in torch.ops.aten.mm.overloads()
+"""Whether a CUDA device can multiply fp16 or bf16 matrices to an fp32 one."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class FrozenLinear(nn.Module, ABC):
         product: Tensor = _FrozenProduct.apply(x, self, None)  # type: ignore[no-untyped-call]
         return product
 
-    def product(self, x: Tensor, total: Tensor | None = None) -> Tensor:
+    def product(self, x: Tensor, total: Tensor | None = None, *, wide: bool = False) -> Tensor:
         """Return ``x @ W.T + b`` as a new contiguous tensor, which the caller may change.
 
         For use inside an autograd function: called without gradient.
@@ -100,12 +102,20 @@ class FrozenLinear(nn.Module, ABC):
             Where the sums of the product are wider than that type, ``total`` is added before they are rounded: what
             is small beside the product would else be lost, since a rounded product plus less than half its last
             digit is the rounded product.
+        :param wide: return the sums in fp32 where they can be had so, as on CUDA devices, for a caller that adds to
+            them and rounds. Not with ``total``.
         """
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        weight = self.dequantize(x.dtype)
+        weight, rows = self.dequantize(x.dtype), x.reshape(-1, self.in_features)
+        if multiplies_wide(x) and (wide or total is not None):
+            # cuBLAS on Hopper rounds a product before it adds it to a matrix of 16 bits
+            sums = torch.mm(rows, weight.t(), out_dtype=torch.float32).view(*x.shape[:-1], self.out_features)
+            if bias is not None:
+                sums += bias
+            return sums if total is None else torch.add(sums, total, out=total)
         if total is None:
             return F.linear(x, weight, bias)
-        total.view(-1, self.out_features).addmm_(x.reshape(-1, self.in_features), weight.t())
+        total.view(-1, self.out_features).addmm_(rows, weight.t())
         return total if bias is None else total.add_(bias)
 
     def input_gradient(self, gradient: Tensor, total: Tensor | None = None) -> Tensor:
@@ -155,6 +165,11 @@ class DenseLinear(FrozenLinear):
     def packed(self) -> PackedWeight:
         """Describe the dense storage."""
         return PackedWeight("dense", (self.out_features, self.in_features), self.weight)
+
+
+def multiplies_wide(x: Tensor) -> bool:
+    """Whether the device of ``x``, in fp16 or bf16, multiplies such matrices to one in fp32."""
+    return WIDE_PRODUCTS and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
 
 
 class _FrozenProduct(torch.autograd.Function):

@@ -25,6 +25,7 @@ from lavintk.errors import LavintkError
 from lavintk.kernels import (
     NAMES,
     LowRank,
+    add_low_rank,
     choice,
     functions,
     plain,
@@ -214,6 +215,38 @@ def figures(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+LOW_RANK = {
+    "a single row": ((1, 24), 4),
+    "rows in two dimensions": ((2, 33, 136), 16),
+    "more inner values than are multiplied at once": ((5, 130), 100),
+}
+"""The product's shape, and the rank."""
+
+
+def low_rank_errors(shape: tuple[int, ...], rank: int, dtype: torch.dtype, device: str) -> dict[str, float]:
+    """Return how far the sum is from the exact one, by the kernel and by torch, in parts of the largest summand and 1.
+
+    Products are in fp32 and in ``dtype``, and a residual is added or not.
+    """
+    torch.manual_seed(0)
+    rows = torch.Size(shape[:-1]).numel()
+    # as in a group of layers: a slice of the inner values of all
+    inner = torch.randn(rows, 2 * rank).to(device, dtype)[:, rank:]
+    update = LowRank(inner, torch.randn(shape[-1], rank).to(device, dtype), 0.3)
+    added, residual = 0.3 * (inner.double() @ update.up.double().t()).view(shape), torch.randn(shape).to(device, dtype)
+    errors = {"fused": 0.0, "plain": 0.0}
+    for of_product in (torch.float32, dtype):
+        product = torch.randn(shape).to(device, of_product)
+        for onto in (None, residual):
+            exact = product.double() + added + (0 if onto is None else onto.double())
+            largest = 1 + torch.stack([product.double(), residual.double(), added, exact]).abs().amax(0)
+            for name, function in {"fused": add_low_rank, "plain": plain.add_low_rank}.items():
+                found = function(product, update, onto)
+                assert (found.dtype, found.shape) == (dtype, product.shape)
+                errors[name] = max(errors[name], ((found.double() - exact).abs() / largest).max().item())
+    return errors
+
+
 def teach_products_of_bf16() -> None:
     """Have the interpreter multiply bf16 matrices as numbers; it holds their bits and multiplies those."""
     import numpy as np
@@ -236,6 +269,7 @@ def interpret() -> None:
     teach_products_of_bf16()
     setattr(functions, "fused", lambda name, *tensors: choice.enabled(name))  # noqa: B010
     found = {f"{name} in {t}": figures(case, TYPES[t], "cpu") for (name, case), t in product(CASES.items(), TYPES)}
+    low_rank = {f"{name} in {t}": low_rank_errors(*LOW_RANK[name], TYPES[t], "cpu") for name in LOW_RANK for t in TYPES}
     weight = torch.ones(8, requires_grad=True)
     rms_norm(torch.randn(2, 8), weight, EPS).sum().backward()
     one_sided = []
@@ -250,7 +284,7 @@ def interpret() -> None:
     print()
     print(json.dumps({
         "cases": found, "unused": unused, "trained": weight.grad is not None, "off": node.name() if node else "",
-        "one_sided": one_sided,
+        "low_rank": low_rank, "one_sided": one_sided,
     }))  # fmt: skip
 
 
@@ -481,6 +515,25 @@ def test_a_norm_of_which_one_result_is_used_has_that_ones_gradient(interpreted: 
     assert interpreted["one_sided"] == [True, True]
 
 
+def check_low_rank(found: dict[str, float], dtype: str, *, rounds: bool) -> None:
+    """Assert that a sum errs by one rounding.
+
+    :param rounds: whether the kernel rounds to the nearest, as a GPU does, and the interpreter with bf16 does not.
+    """
+    rounding = {"fp32": 2e-6, "fp16": 2**-11, "bf16": 2**-8}[dtype]
+    assert found["plain"] <= 1.01 * rounding
+    assert found["fused"] <= 1.01 * (rounding if rounds else 2 * rounding)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_an_interpreted_low_rank_update_is_the_exact_sum_rounded_once(
+    interpreted: dict[str, Any], name: str, dtype: str
+) -> None:
+    check_low_rank(interpreted["low_rank"][f"{name} in {dtype}"], dtype, rounds=dtype != "bf16")
+
+
 @needs_triton
 def test_a_trained_norm_weight_gets_its_gradient(interpreted: dict[str, Any]) -> None:
     assert interpreted["trained"]
@@ -500,13 +553,15 @@ def test_triton_is_not_imported_where_no_kernel_runs(interpreted: dict[str, Any]
 
 POINTERS = (
     "x", "weight", "out", "gate", "up", "of_gate", "of_up", "grad", "passed", "q", "k", "q_out", "k_out", "cos", "sin",
-    "gate_inner", "gate_factor", "up_inner", "up_factor",
+    "gate_inner", "gate_factor", "up_inner", "up_factor", "inner", "factor", "residual",
 )  # fmt: skip
 TILE = {"depth": 16, "rows": 64, "columns": 64}
 COMPILED = [
     ("triton_norm", "_forward", {"width": 4096, "height": 1, "block": 4096}),
     ("triton_norm", "_backward", {"passes": False, "width": 4096, "height": 1, "block": 4096}),
     ("triton_norm", "_backward", {"passes": True, "width": 4096, "height": 1, "block": 4096}),
+    ("triton_low_rank", "_add", {"adds": False, "rank": 16, **TILE}),
+    ("triton_low_rank", "_add", {"adds": True, "rank": 16, **TILE}),
     ("triton_low_rank", "_gated", {"gate_rank": 16, "up_rank": 16, **TILE}),
     ("triton_low_rank", "_gated_backward", {"gate_rank": 16, "up_rank": 16, **TILE}),
     ("triton_swiglu", "_forward", {"block": 1024}),
@@ -530,7 +585,7 @@ def test_a_kernel_compiles_for_a_gpu_that_need_not_be_there_and_moves_16_bytes_a
 
     function = getattr(import_module(f"lavintk.kernels.{module}"), kernel)
     kinds = (
-        {"rstd_ptr": "*fp32", "eps": "fp32"}
+        {"rstd_ptr": "*fp32", "product_ptr": "*fp32", "eps": "fp32", "scale": "fp32"}
         | {f"{name}_scale": "fp32" for name in ("gate", "up")}
         | {f"{name}_ptr": "*bf16" for name in POINTERS}
     )
@@ -540,7 +595,9 @@ def test_a_kernel_compiles_for_a_gpu_that_need_not_be_there_and_moves_16_bytes_a
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, (name, kind) in enumerate(signature.items())
-        if kind == "*bf16" or (kind == "i32" and name.endswith(("stride", "_token", "_head", "width")))
+        if kind == "*bf16"
+        or name == "product_ptr"
+        or (kind == "i32" and name.endswith(("stride", "_token", "_head", "width")))
     }
     source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": 4, "enable_fp_fusion": False}
@@ -635,6 +692,17 @@ def test_a_recorded_kernel_computes_from_what_its_inputs_hold_at_replay(name: st
         fresh = run()
     for a, b in zip(recorded, fresh):
         assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("shape", "rank"), [*LOW_RANK.values(), ((2048, 4096), 16)])
+def test_a_low_rank_update_on_a_gpu_is_the_exact_sum_rounded_once(
+    shape: tuple[int, ...], rank: int, dtype: str
+) -> None:
+    with using("all"):
+        check_low_rank(low_rank_errors(shape, rank, TYPES[dtype], "cuda"), dtype, rounds=True)
 
 
 @pytest.mark.gpu

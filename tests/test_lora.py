@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+import lavintk.layers
 import lavintk_lora
 import lavintk_lora.fused
 from lavintk import builtin, hookspecs
@@ -680,6 +681,37 @@ def test_with_dropout_hooks_or_another_number_type_a_residual_is_added_to_the_la
     assert seen == [1]
 
 
+def let_multiply_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU multiply 16-bit matrices to an fp32 one, as a GPU can."""
+    mm = torch.mm
+
+    def multiply(left: Tensor, right: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        return mm(left, right) if out_dtype is None else mm(left.to(out_dtype), right.to(out_dtype))
+
+    monkeypatch.setattr(torch, "mm", multiply)
+    for module in (lavintk.layers, lavintk_lora.fused):
+        monkeypatch.setattr(module, "multiplies_wide", lambda x: x.dtype in (torch.float16, torch.bfloat16))
+
+
+def test_where_sums_stay_in_fp32_an_update_and_a_residual_are_added_before_one_rounding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lavintk_lora.fused, "fused", lambda name, *tensors: True)
+    let_multiply_wide(monkeypatch)
+    layer, x = trained(DenseLinear(torch.randn(24, 64).bfloat16(), torch.randn(24)), 4), torch.randn(50, 64).bfloat16()
+    for parameter in (layer.down, layer.up):
+        parameter.data.copy_(parameter.detach().bfloat16())
+    residual = torch.randn(50, 24).bfloat16()
+    exact = [y.detach().double() for y in by_the_formula([layer], x.float())]
+    for found, wanted in (
+        (forward_group([layer], x)[0], exact[0]),
+        (forward_onto(layer, x, residual), exact[0] + residual.double()),
+    ):
+        assert found.dtype == torch.bfloat16
+        # the inner values are rounded too
+        torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=2**-7)
+
+
 @pytest.fixture(params=["in steps", "fused"])
 def updates_in_swiglu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Whether the updates of gate and up are left to SwiGLU, as on a GPU; notes the shapes of those that are."""
@@ -691,6 +723,7 @@ def updates_in_swiglu(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
 
     if request.param == "fused":
         monkeypatch.setattr(lavintk_lora.fused, "fused", lambda name, *tensors: True)
+        let_multiply_wide(monkeypatch)
     monkeypatch.setattr(lavintk_lora.fused, "swiglu_low_rank", note)
     return noted
 

@@ -73,24 +73,30 @@ class NewSum(RowLinear):
 
 
 class NewTotal(RowLinear):
-    def product(self, x: Tensor, total: Tensor | None = None) -> Tensor:
+    def product(self, x: Tensor, total: Tensor | None = None, *, wide: bool = False) -> Tensor:
         own = super().product(x)
         return own if total is None else total + own
 
 
 class WithoutTotal(RowLinear):
-    def product(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def product(self, x: Tensor, *, wide: bool = False) -> Tensor:  # type: ignore[override]
         return super().product(x)
 
 
+class WideInHalves(RowLinear):
+    def product(self, x: Tensor, total: Tensor | None = None, *, wide: bool = False) -> Tensor:
+        product = super().product(x, total)
+        return product.half() if wide else product
+
+
 class ForgottenBias(RowLinear):
-    def product(self, x: Tensor, total: Tensor | None = None) -> Tensor:
+    def product(self, x: Tensor, total: Tensor | None = None, *, wide: bool = False) -> Tensor:
         own = x @ self.dequantize(x.dtype).T
         return own if total is None else total.add_(own)
 
 
 class WrongType(RowLinear):
-    def product(self, x: Tensor, total: Tensor | None = None) -> Tensor:
+    def product(self, x: Tensor, total: Tensor | None = None, *, wide: bool = False) -> Tensor:
         return super().product(x.float(), total)
 
 
@@ -145,7 +151,7 @@ class TrainedScales(RowLinear):
 class WaitsForDevice(RowLinear):
     """Says that it is safe in a CUDA graph, and asks the device for a number."""
 
-    def product(self, x: Tensor, total: Tensor | None = None) -> Tensor:
+    def product(self, x: Tensor, total: Tensor | None = None, *, wide: bool = False) -> Tensor:
         return super().product(x, total) if float(x.abs().sum()) >= 0 else x
 
 
@@ -153,6 +159,10 @@ QUANTIZERS: dict[str, tuple[Callable[[], Any], str]] = {
     "wrong gradient": (row_quantizer(WrongGradient), r"FrozenLinear\.input_gradient.*dense layer's.* off by 0\.05"),
     "a total elsewhere": (row_quantizer(NewTotal), r"FrozenLinear\.product.*adds it to total in place.*another tensor"),
     "no total": (row_quantizer(WithoutTotal), r"FrozenLinear\.product.*adds it to total in place.*TypeError"),
+    "wide sums in another type": (
+        row_quantizer(WideInHalves),
+        r"FrozenLinear\.product.*asked for wide sums, in fp32.*float16 for x in float32",
+    ),
     "a sum elsewhere": (row_quantizer(NewSum), r"input_gradient.*adds the gradient to total in place.*another tensor"),
     "no bias": (row_quantizer(ForgottenBias), r"FrozenLinear\.product breaks its promise.*off by 0\.\d+"),
     "the type of the product": (row_quantizer(WrongType), r"FrozenLinear\.product.*float32 for x in float16"),

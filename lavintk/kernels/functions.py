@@ -58,6 +58,22 @@ def _norm_kernel_suits(x: Tensor, weight: Tensor) -> bool:
     return not _is_trained(weight) and fits and fused("rms_norm", x, weight)
 
 
+def add_low_rank(product: Tensor, update: LowRank, residual: Tensor | None = None) -> Tensor:
+    """Return ``product`` plus ``update`` and ``residual`` in the type of the update, summed in fp32 and rounded once.
+
+    For use inside an autograd function: without gradient.
+
+    :param product: ``[..., out]``, contiguous, in fp32 or the type of the update: what is rounded already loses
+        updates below half its last digit. :param residual: ``[..., out]`` in that type.
+    """
+    others = () if residual is None else (residual,)
+    if product.is_contiguous() and fused("low_rank", *update[:2], *others):
+        from lavintk.kernels import triton_low_rank
+
+        return triton_low_rank.add_low_rank(product, update, residual)
+    return plain.add_low_rank(product, update, residual)
+
+
 def swiglu_low_rank(gate: Tensor, up: Tensor, gate_update: LowRank, up_update: LowRank) -> Tensor:
     """Return :func:`swiglu` of products to which the updates have yet to be added; all in fp32, rounded once.
 

@@ -55,6 +55,12 @@ class LowRank(NamedTuple):
     scale: float
 
 
+def add_low_rank(product: Tensor, update: LowRank, residual: Tensor | None) -> Tensor:
+    """Return ``product`` plus ``update`` and ``residual`` in the type of the update, summed in fp32, rounded once."""
+    total = _updated(product, update)
+    return (total if residual is None else total + residual).to(update.inner.dtype)
+
+
 def swiglu_low_rank(gate: Tensor, up: Tensor, gate_update: LowRank, up_update: LowRank) -> Tensor:
     """Return :func:`swiglu` of products to which the updates have yet to be added, in fp32, rounded once."""
     return swiglu(_updated(gate, gate_update), _updated(up, up_update)).to(gate.dtype)

@@ -1,4 +1,4 @@
-"""Low-rank updates of products in Triton, added where SwiGLU reads the products anyway."""
+"""Low-rank updates in Triton, of products whose sums are still in fp32 and of those that SwiGLU reads anyway."""
 
 from __future__ import annotations
 
@@ -18,6 +18,19 @@ WARPS = 8
 """With these, a thread holds 16 sums in fp32, and the kernels spill no registers."""
 DEEPEST = 64
 """Inner values that a program multiplies at once."""
+
+
+def add_low_rank(product: Tensor, update: LowRank, residual: Tensor | None) -> Tensor:
+    """Compute :func:`lavintk.kernels.add_low_rank`; all on one device, ``product`` contiguous."""
+    update, out = _contiguous(update), torch.empty_like(product, dtype=update.inner.dtype)
+    rows = product.view(-1, product.shape[-1])
+    with torch.cuda.device_of(product):
+        _add[_grid(rows)](
+            product, *update[:2], out if residual is None else residual.contiguous(), out, *rows.shape,
+            update.inner.stride(0), float(update.scale), residual is not None, update.up.shape[1], _depth(update), ROWS,
+            COLUMNS, num_warps=WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
 
 
 def swiglu_low_rank(gate: Tensor, up: Tensor, gate_update: LowRank, up_update: LowRank) -> Tensor:
@@ -91,6 +104,24 @@ def _updated(
         update = tl.dot(inner, factor, update, input_precision="ieee")
     product = tl.load(product_ptr + row * width + column, mask=(row < count) & (column < width), other=0.0)
     return product.to(tl.float32) + update * scale
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add(
+    product_ptr: tl.tensor, inner_ptr: tl.tensor, factor_ptr: tl.tensor, residual_ptr: tl.tensor, out_ptr: tl.tensor,
+    count: tl.tensor, width: tl.tensor, stride: tl.tensor, scale: tl.tensor, adds: tl.constexpr, rank: tl.constexpr,
+    depth: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+) -> None:  # fmt: skip
+    """Compute a tile of ``count`` rows of ``width``, with the residual if ``adds``."""
+    row = (tl.program_id(1).to(tl.int64) * rows + tl.arange(0, rows))[:, None]
+    column = (tl.program_id(0) * columns + tl.arange(0, columns))[None, :]
+    place, inside = row * width + column, (row < count) & (column < width)
+    total = _updated(
+        product_ptr, inner_ptr, factor_ptr, row, column, count, width, stride, scale, rank, depth, rows, columns
+    )
+    if adds:
+        total += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -154,6 +154,14 @@ class _Questions:
                 expected, total = begun.float() + layer.product(x).float(), begun.clone()
                 promise.require(layer.product(x, total) is total, "it returned another tensor")
                 promise.require_close(total.float(), expected, PRODUCT_ERROR, f"the sum in {_name(dtype)}")
+        text = "computes it in the type of x or, asked for wide sums, in fp32"
+        with self.promises.keep("FrozenLinear.product", text) as promise:
+            for dtype in FLOATS:
+                x = self.x.to(dtype)
+                found = layer.product(x, wide=True)
+                promise.require(found.dtype in (dtype, torch.float32), f"{_name(found.dtype)} for x in {_name(dtype)}")
+                expected = layer.product(x).float()
+                promise.require_close(found.float(), expected, PRODUCT_ERROR, f"the sums in {_name(dtype)}")
         text = "is left alone by subclasses, since adapters build on product() and input_gradient()"
         with self.promises.keep("FrozenLinear.forward", text) as promise:
             promise.require(type(layer).forward is FrozenLinear.forward, f"{class_name(layer)} overrides it")

@@ -199,10 +199,10 @@ class FourBitLinear(FrozenLinear):
             codebook=codebook_of(self.scheme, self.codes.device),
         )
 
-    def product(self, x: Tensor, total: Tensor | None = None) -> Tensor:
+    def product(self, x: Tensor, total: Tensor | None = None, *, wide: bool = False) -> Tensor:
         """Return ``x @ W.T + b``, added to ``total`` if given; a few rows on CUDA take bitsandbytes' fused kernel."""
         if not self._fused_kernel_suits(x):
-            return super().product(x, total)
+            return super().product(x, total, wide=wide)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         product: Tensor = bnb.matmul_4bit(  # type: ignore[attr-defined]
             x, self.codes, self._quant_state(x.dtype), bias=bias
@@ -315,14 +315,14 @@ class Int8Linear(FrozenLinear):
             scales=self._row_scales(),
         )
 
-    def product(self, x: Tensor, total: Tensor | None = None) -> Tensor:
+    def product(self, x: Tensor, total: Tensor | None = None, *, wide: bool = False) -> Tensor:
         """Return ``x @ W.T + b``, added to ``total`` if given; on CUDA by the kernels of LLM.int8().
 
-        ``bitsandbytes.matmul`` computes the same, but logs a warning in each call that is not in fp16. Its kernels take
-        nothing that their sums begin with, so the product is rounded before it is added to ``total``.
+        ``bitsandbytes.matmul`` computes the same, but logs a warning in each call that is not in fp16. Its kernels
+        round the product, so it is not ``wide`` there, and rounded before it is added to ``total``.
         """
         if not x.is_cuda or x.numel() == 0:
-            return super().product(x, total)
+            return super().product(x, total, wide=wide)
         rows = x.reshape(-1, self.in_features)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         codes, absmax, outliers = bnb_functional.int8_vectorwise_quant(

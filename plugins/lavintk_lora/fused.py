@@ -1,10 +1,11 @@
 """The function of LoRA layers with a common input, forward and backward by hand.
 
 For frozen W_i and trained A_i, B_i: ``y_i = W_i x + b_i + s_i B_i z_i`` with ``z_i = A_i x``. All A_i are multiplied at
-once. An update is what the sums of the product with W begin with, so it counts before they are rounded. Added to the
-rounded product, as PEFT does, an update below half the last digit would be lost: in bf16, of which two or three decimal
-digits are kept, that is most of what a LoRA says in its first steps. The updates of a gated pair are left to SwiGLU's
-kernel, which reads the products anyway and adds in fp32; a product has the same gradient with its update as without.
+once. An update counts before the sums of the product with W are rounded: on a CPU they begin with it, on a GPU they are
+left in fp32 and a kernel adds it, and the residual if there is one. Added to the rounded product, as PEFT does, an
+update below half the last digit would be lost: in bf16, of which two or three decimal digits are kept, that is most of
+what a LoRA says in its first steps. The updates of a gated pair are left to SwiGLU's kernel, which reads the products
+anyway and adds in fp32; a product has the same gradient with its update as without.
 
 It is two autograd functions, since torch packs what a function saves only after its forward has run. A checkpointed
 block is recomputed until its last tensor is saved; were that done by the function that multiplies with W, the product
@@ -22,13 +23,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lavintk.kernels import LowRank, fused, swiglu, swiglu_low_rank
+from lavintk.kernels import LowRank, add_low_rank, fused, swiglu, swiglu_low_rank
+from lavintk.layers import multiplies_wide
 
 if TYPE_CHECKING:
     from lavintk_lora.adapter import LoraLinear
-
-WIDE_PRODUCTS = torch.version.cuda is not None and "dtype" in torch.ops.aten.mm.overloads()
-"""Whether a CUDA device can multiply fp16 or bf16 matrices to an fp32 one."""
 
 
 def lora_products(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
@@ -149,11 +148,10 @@ class _Outer(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.layers, ctx.node = layers, inner.grad_fn
-        products = []
-        for layer, update in zip(layers, _updates(layers, factors, inner)):
-            product = layer.base.product(x, _expanded(update, x) if updated else None)
-            products.append(product if residual is None else product.add_(residual))
-        return tuple(products)
+        if not updated:
+            return tuple(layer.base.product(x) for layer in layers)
+        updates = _updates(layers, factors, inner)
+        return tuple(_updated(layer, x, update, residual) for layer, update in zip(layers, updates))
 
     @staticmethod
     @once_differentiable
@@ -181,6 +179,14 @@ class _Outer(torch.autograd.Function):
         if any(needed[count:]):
             up_gradients = _up_gradients(rows, inner.split(ranks, dim=1), layers)
         return (None, None, None, x_gradient, residual_gradient, None, *down_gradients, *up_gradients)
+
+
+def _updated(layer: LoraLinear, x: Tensor, update: LowRank, residual: Tensor | None) -> Tensor:
+    """Return what ``layer`` makes of ``x``, plus ``residual``."""
+    if multiplies_wide(x) and fused("low_rank", x, *update[:2]):
+        return add_low_rank(layer.base.product(x, wide=True), update, residual)
+    product = layer.base.product(x, _expanded(update, x))
+    return product if residual is None else product.add_(residual)
 
 
 def _expanded(update: LowRank, x: Tensor) -> Tensor:
@@ -221,6 +227,6 @@ def _up_gradients(
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``left @ right`` in ``dtype``, not rounded to their type in between where the device can do that."""
-    if WIDE_PRODUCTS and left.is_cuda and dtype == torch.float32 and left.dtype in (torch.float16, torch.bfloat16):
+    if dtype == torch.float32 and multiplies_wide(left):
         return torch.mm(left, right, out_dtype=dtype)
     return (left @ right).to(dtype)
