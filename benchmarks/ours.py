@@ -60,10 +60,10 @@ def random_model(recipe: Recipe, plugins: Plugins, device: torch.device, dtype: 
 
     config, vision = geometry(recipe.model.language)
     embed = None if recipe.embed_quant.name == "none" else plugins.quantizers.create(recipe.embed_quant)
-    where = recipe.train.stream
+    where, resident = recipe.train.stream, recipe.train.resident_layers
     language: Any = load_language_model(
         RandomSource(config, device), plugins.quantizers.create(recipe.quant), device=device, dtype=dtype,
-        embed_quantizer=embed, outside=None if where == "none" else LayersOutside(device, where),
+        embed_quantizer=embed, outside=None if where == "none" else LayersOutside(device, where, resident),
     )  # fmt: skip
     tower, connector = None, None
     if recipe.model.vision is not None:

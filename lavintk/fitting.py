@@ -10,6 +10,7 @@ faster (:mod:`lavintk.spare_memory`).
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from lavintk.models.multimodal import MultimodalModel
 from lavintk.plan import CONTEXT, GIB, Plan, micro_batch_tokens, outline_of, plan_of, recomputed_layers
 from lavintk.plugins import Plugins
 from lavintk.recipe import Recipe, make_recipe
-from lavintk.spare_memory import possible_batches, recomputes_freely, settle
+from lavintk.spare_memory import possible_batches, recomputes_freely, resident_layers, settle
 
 Changes = Mapping[str, Any]
 """The recipe's keys with their new values."""
@@ -127,18 +128,24 @@ def _spent(search: _Search, found: Fit, card: Card) -> Fit:
     if recomputes_freely(found.recipe) and settled.recomputed < layers:
         changes["train.checkpointing"] = settled.recipe.train.checkpointing
         costs.append(f"{settled.recomputed} of {layers} layers are computed again, the others keep what they computed")
+    recipe, planned = settled.recipe, settled.plan
+    resident = resident_layers(search.model, recipe, search.plugins, search.limit)
+    if resident > recipe.train.resident_layers:
+        changes["train.resident_layers"] = resident
+        costs.append(f"{resident} of {layers} layers stay on the device, the others come in between")
+        recipe = make_recipe(recipe.dump(), {"train.resident_layers": resident})
+        planned = plan_of(search.model, recipe, search.plugins)
     if not changes:
-        return replace(found, recipe=settled.recipe)
+        return replace(found, recipe=recipe)
     level = Level(changes, f"memory is left: {'; '.join(costs)}")
-    return Fit(settled.recipe, found.before, (*found.steps, Step(level, settled.plan)))
+    return Fit(recipe, found.before, (*found.steps, Step(level, planned)))
 
 
 def _fit(search: _Search, same_base: bool) -> Fit:
-    recipe, plugins = search.recipe, search.plugins
     taken: list[tuple[Measure, int]] = []
     if search.fits(taken):
         return search.result(taken)
-    for measure in _measures(search.model, recipe, plugins):
+    for measure in _measures(search, taken):
         if same_base and measure.alters_base:
             continue
         for level in range(len(measure.levels)):
@@ -148,8 +155,12 @@ def _fit(search: _Search, same_base: bool) -> Fit:
     raise search.refusal()
 
 
-def _measures(model: MultimodalModel, recipe: Recipe, plugins: Plugins) -> Iterator[Measure]:
-    """Yield what may be done, in the order of what it costs."""
+def _measures(search: _Search, taken: Sequence[tuple[Measure, int]]) -> Iterator[Measure]:
+    """Yield what may be done, in the order of what it costs.
+
+    :param taken: those that were, up to the one that is asked for.
+    """
+    model, recipe, plugins = search.model, search.recipe, search.plugins
     if levels := tuple(_recomputing(recipe, len(model.layers))):
         yield Measure(levels)
     if recipe.train.offload is False:
@@ -165,7 +176,7 @@ def _measures(model: MultimodalModel, recipe: Recipe, plugins: Plugins) -> Itera
         if recipe.embed_quant.name == "none":
             yield Measure((Level({"embed_quant": quant}, f"embedding and head are {what}"),), alters_base=True)
     if recipe.train.stream == "none":
-        yield Measure(tuple(_streaming()))
+        yield Measure(tuple(_streaming(search, _together(taken))))
 
 
 def _recomputing(recipe: Recipe, layers: int) -> Iterator[Level]:
@@ -180,8 +191,11 @@ def _recomputing(recipe: Recipe, layers: int) -> Iterator[Level]:
     yield Level({"train.checkpointing": True}, "all layers are computed again in the backward pass")
 
 
-def _streaming() -> Iterator[Level]:
-    """Yield where the base's layers may wait, and how they are asked for."""
+def _streaming(search: _Search, before: Changes) -> Iterator[Level]:
+    """Yield where the base's layers may wait, how they are asked for, and how many cannot wait where memory is short.
+
+    :param before: changes by other measures.
+    """
     places = {
         "cpu": "the base waits in host memory",
         "disk": "the base waits on the disk, and host memory need not hold it",
@@ -193,7 +207,11 @@ def _streaming() -> Iterator[Level]:
     }
     for place, where in places.items():
         for engine, how in engines.items():
-            yield Level({"train.stream": place, "train.engine": engine}, f"{where}; {how}")
+            changes = {"train.stream": place, "train.engine": engine}
+            yield Level(changes, f"{where}; {how}")
+            if count := search.too_many_for_host({**before, **changes}):
+                cost = f"{where}, all but {count} layers, for which it has no room; {how}"
+                yield Level({**changes, "train.resident_layers": count}, cost)
 
 
 def _smaller_packs(recipe: Recipe) -> Iterator[int]:
@@ -235,6 +253,15 @@ class _Search:
             lighter = [[*before, *behind], *([*before, (measure, lower), *behind] for lower in range(level))]
             taken = next((candidate for candidate in lighter if self.fits(candidate)), taken)
         return taken
+
+    def too_many_for_host(self, changes: Changes) -> int:
+        """Return how many layers of a streamed base host memory has no room for; 0 also if it has none at all."""
+        layers, host = len(self.model.layers), self.host
+        if host is None:
+            return 0
+        fits = lambda count: self._plan({**changes, "train.resident_layers": count}).on_host <= host  # noqa: E731
+        found = bisect_left(range(layers), True, key=fits)
+        return found if found < layers else 0
 
     def result(self, taken: Sequence[tuple[Measure, int]]) -> Fit:
         """Return the recipe with these measures, and what each of them brings."""

@@ -25,7 +25,7 @@ from lavintk.models.config_source import open_config
 from lavintk.models.host_memory import LEAVING
 from lavintk.models.loss import DENSE_BLOCK
 from lavintk.models.multimodal import LOSS_CHUNK, MultimodalModel
-from lavintk.models.stream import SLOTS
+from lavintk.models.stream import SLOTS, which_stay
 from lavintk.models.vision import VisionTower
 from lavintk.models.vocabulary import BLOCK_ROWS
 from lavintk.plugins import Plugins
@@ -207,10 +207,15 @@ def plan_of(
     inputs, waiting, gradients = _layer_inputs(recipe, engine, recomputed, window)
     at_work = 2 * tokens * (LAYER_WORK[0] * hidden + LAYER_WORK[1] * inner)
     kept = _kept_by_layer(model, tokens, hidden, inner) if batch.kept is None else batch.kept
-    stored, linears = sum(base.layers), f"linear layers ({_bits(recipe.quant)})"
+    stays = which_stay(layers, min(train.resident_layers, layers)) if streaming else [True] * layers
+    stored, linears = (
+        sum(size for size, here in zip(base.layers, stays) if here),
+        f"linear layers ({_bits(recipe.quant)})",
+    )
+    outside = sum(base.layers) - stored
     quantized = "" if recipe.embed_quant.name == "none" else f" ({recipe.embed_quant})"
     items = {
-        linears: 0 if streaming else stored,
+        f"{linears}, {sum(stays)} of {layers} resident" if streaming else linears: stored,
         f"{linears}, {SLOTS} of {layers}": SLOTS * max(base.layers) if streaming else 0,
         f"embedding, head{quantized}, norms": ends.stored + base.norms,
         f"vision tower ({_bits(recipe.vision_quant)})": base.tower,
@@ -227,7 +232,7 @@ def plan_of(
         "images at work": _images(model, recipe, batch.images),
     }
     aside = {
-        linears: stored if train.stream == "cpu" else 0,
+        linears: outside if train.stream == "cpu" else 0,
         "a layer on its way from the disk": max(base.layers) if train.stream == "disk" else 0,
         "layer inputs": waiting * input_of_layer,
         **host,
@@ -242,8 +247,8 @@ def plan_of(
         engine=engine,
         untimed=_untimed(engine, tower),
         work=_decoder(base, tokens, hidden, layers, 2 + recomputed / layers) + tower,
-        streamed=times * stored if streaming else 0,
-        first=base.layers[0] if streaming else 0,
+        streamed=times * outside,
+        first=0 if stays[0] else base.layers[0],
         returning=(waiting if engine == "layerwise" else window * waiting) * input_of_layer,
         from_disk=train.stream == "disk",
     )

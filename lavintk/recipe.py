@@ -141,6 +141,9 @@ class TrainSection(Section):
     stream: Literal["none", "cpu", "disk"] = Field(
         "none", description="where the base's layers wait for their turn on the device; none: they stay on it"
     )
+    resident_layers: int = Field(
+        0, ge=0, description="decoder layers of a streamed base that stay on the device, which saves their way to it"
+    )
     adapter_precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="type of what is trained and of its gradients; bf16 halves both and rounds every step"
     )
@@ -244,6 +247,11 @@ class Recipe(Section):
             faults.append(
                 f"train.engine: 'graph' does not go with train.stream={self.train.stream}, whose layers take turns in "
                 "the device's memory; use --engine auto, layerwise or eager, or --stream none"
+            )
+        if self.train.resident_layers and self.train.stream == "none":
+            faults.append(
+                f"train.resident_layers: {self.train.resident_layers} is for a base that is streamed, and with "
+                "train.stream=none all layers stay on the device; use --stream cpu or disk, or leave it out"
             )
         if faults:
             raise RecipeError(f"recipe {self.name!r}", faults)

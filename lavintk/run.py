@@ -143,6 +143,7 @@ class Run:
             self.recipe, installed_plugins(), target, dtype,
             check_base=self.check_base, trained_in=self.trained_in(), trained_on=self.trained_on(), stream=stream,
             outside="none" if stream or target.type != "cuda" else self.recipe.train.stream,
+            resident_layers=self.recipe.train.resident_layers,
         )  # fmt: skip
         try:
             load_weights(assembly.model, weights)

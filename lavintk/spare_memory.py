@@ -3,12 +3,13 @@
 A decoder layer that keeps what it computed saves a third of its time and takes some ten times the memory of its input
 (``train.checkpointing: auto``); the first layers are recomputed rather than the last ones, since the way back goes
 through the last ones first. A larger pack takes more memory at work, and weights are unpacked less often
-(``train.pack_tokens: null``). Which pays more depends on the card, so plans decide.
+(``train.pack_tokens: null``). Which pays more depends on the card, so plans decide. Layers of a streamed base that stay
+on the device need not come there (``train.resident_layers``).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
@@ -126,6 +127,20 @@ def settle(
     first, *larger = (best_of(batch) for batch in batches)
     fitting = [first, *(found for found in larger if found.plan.device <= FILLED * limit)]
     return min(fitting, key=lambda found: found.plan.seconds(card) / found.batch.tokens)
+
+
+def resident_layers(model: MultimodalModel, recipe: Recipe, plugins: Plugins, limit: float) -> int:
+    """Return how many decoder layers of a streamed base the device has room for; 0 where none is streamed.
+
+    :param model: loaded, or an outline. :param limit: bytes of device memory in all, of which :data:`FILLED` is used.
+    """
+    if recipe.train.stream == "none":
+        return 0
+
+    def taken(count: int) -> int:
+        return plan_of(model, make_recipe(recipe.dump(), {"train.resident_layers": count}), plugins).device
+
+    return max(0, bisect_right(range(len(model.layers)), FILLED * limit, key=taken) - 1)
 
 
 def settle_on_host(

@@ -232,6 +232,7 @@ class Trainer:
             self.assembly = build(
                 self.recipe, self.plugins, self.device, self.dtype, cast("Any", progress), self.run.check_base,
                 say=self._say, outside=self.recipe.train.stream,
+                resident_layers=self.recipe.train.resident_layers,
             )  # fmt: skip
         model, images = self.assembly.model, self.assembly.images
         self.read_image = None if images is None else ImageCache(images)

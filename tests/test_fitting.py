@@ -77,11 +77,11 @@ def test_cards_of_every_size_get_a_recipe_and_no_more_is_changed_than_needed(
     given = geometry(name, adapter)
     found = fit(given, installed_plugins(), gib * GIB)
     assert found.plan.device <= gib * GIB
-    spent = ("train.checkpointing", "train.pack_tokens")  # on speed
+    spent = ("train.checkpointing", "train.pack_tokens", "train.resident_layers")  # on speed
     assert {key: value for key, value in found.changes.items() if key not in spent} == changes
     for key in LEARNED:
         assert getattr(found.recipe, key) == getattr(given, key)
-    kept = {"checkpointing", "offload", "stream", "engine", "pack", "pack_tokens"}
+    kept = {"checkpointing", "offload", "stream", "engine", "pack", "pack_tokens", "resident_layers"}
     assert found.recipe.train.model_dump(exclude=kept) == given.train.model_dump(exclude=kept)
 
 
@@ -191,27 +191,63 @@ def test_measures_that_a_stronger_one_makes_needless_are_taken_back(geometry: Ca
 
 def test_host_memory_decides_how_a_base_is_streamed(geometry: Callable[..., Recipe]) -> None:
     given, plugins = geometry("65b", LORA), installed_plugins()
-    assert fit(given, plugins, 8 * GIB, 64 * GIB).changes == STREAMED
-    less = fit(given, plugins, 8 * GIB, 40 * GIB)
-    assert less.changes == {"train.stream": "cpu", "train.engine": "eager"}
-    assert less.plan.on_host <= 40 * GIB
-    assert fit(given, plugins, 8 * GIB, 24 * GIB).changes == {"train.stream": "disk", "train.engine": "layerwise"}
-    assert fit(given, plugins, 8 * GIB, 8 * GIB).changes == {"train.stream": "disk", "train.engine": "eager"}
-    few = make_recipe(given.dump(), {"train.accumulate": 8})
-    assert fit(few, plugins, 8 * GIB, 40 * GIB).changes == STREAMED
-    costs = {host: fit(given, plugins, 8 * GIB, host * GIB).steps[-1].level.cost for host in (64, 40, 24, 8)}
+
+    def changes(recipe: Recipe, host: int) -> dict[str, Any]:
+        found = fit(recipe, plugins, 6 * GIB, host * GIB)  # which leaves no room for layers that stay on the device
+        assert found.plan.on_host <= host * GIB
+        return found.changes
+
+    assert changes(given, 64) == STREAMED
+    assert changes(given, 40) == {"train.stream": "cpu", "train.engine": "eager"}
+    assert changes(given, 24) == {"train.stream": "disk", "train.engine": "layerwise"}
+    assert changes(given, 8) == {"train.stream": "disk", "train.engine": "eager"}
+    assert changes(make_recipe(given.dump(), {"train.accumulate": 8}), 40) == STREAMED
+    costs = {host: fit(given, plugins, 6 * GIB, host * GIB).steps[-1].level.cost for host in (64, 40, 24, 8)}
     assert "behind the computing" in costs[64]
     assert "twice per micro-batch" in costs[40]
     assert "no inputs of a whole step have to wait" in costs[40]
     assert all("on the disk, and host memory need not hold it" in costs[host] for host in (24, 8))
     with pytest.raises(RecipeError, match=r"GiB of host memory (.|\n)*train\.accumulate is 32"):
-        fit(given, plugins, 8 * GIB, GIB // 2)
+        fit(given, plugins, 6 * GIB, GIB // 2)
+
+
+@pytest.mark.parametrize(("name", "adapter", "gib"), [("13b", LORA, 8), ("65b", LORA, 24), ("65b", LAVIN, 12)])
+def test_as_many_layers_of_a_streamed_base_stay_on_the_device_as_it_has_room_for(
+    geometry: Callable[..., Recipe], name: str, adapter: str, gib: int
+) -> None:
+    given, plugins = make_recipe(geometry(name, adapter).dump(), {"train.accumulate": 1}), installed_plugins()
+    found, layers = fit(given, plugins, gib * GIB), {"13b": 40, "65b": 80}[name]
+    resident = found.recipe.train.resident_layers
+    assert 0 < resident < layers
+    assert found.plan.device <= FILLED * gib * GIB
+    one_more = make_recipe(found.recipe.dump(), {"train.resident_layers": resident + 1})
+    assert plan_of(outline(name, adapter), one_more, plugins).device > FILLED * gib * GIB
+    bare = fit(given, plugins, gib * GIB, spend=False)
+    assert bare.plan.streamed == pytest.approx(found.plan.streamed * layers / (layers - resident))
+    assert found.plan.seconds(CARDS["h100"]) < bare.plan.seconds(
+        CARDS["h100"]
+    )  # on which the bus is slow beside the rest
+    assert f"{resident} of {layers} layers stay on the device" in found.steps[-1].level.cost
+
+
+def test_layers_that_host_memory_has_no_room_for_stay_on_the_device_before_a_disk_is_asked(
+    geometry: Callable[..., Recipe],
+) -> None:
+    given, plugins = make_recipe(geometry("65b", LORA).dump(), {"train.accumulate": 1}), installed_plugins()
+    found = fit(given, plugins, 24 * GIB, 28 * GIB, spend=False)
+    resident = found.recipe.train.resident_layers
+    assert found.changes == {**STREAMED, "train.resident_layers": resident}
+    assert found.plan.on_host <= 28 * GIB
+    one_less = make_recipe(found.recipe.dump(), {"train.resident_layers": resident - 1})
+    assert plan_of(outline("65b", LORA), one_less, plugins).on_host > 28 * GIB
+    assert f"all but {resident} layers, for which it has no room" in found.steps[-1].level.cost
+    assert fit(given, plugins, 24 * GIB, 28 * GIB).recipe.train.resident_layers > resident  # memory is left
 
 
 def test_a_base_that_may_not_change_is_streamed_rather_than_stored_in_fewer_bits(
     geometry: Callable[..., Recipe],
 ) -> None:
-    found = fit(geometry("13b", LAVIN), installed_plugins(), 8 * GIB, same_base=True)
+    found = fit(geometry("13b", LAVIN), installed_plugins(), 8 * GIB, same_base=True, spend=False)
     assert found.changes == STREAMED
 
 

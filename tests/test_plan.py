@@ -215,15 +215,23 @@ def test_a_streamed_base_takes_two_layers_of_the_device_and_the_window_goes_to_t
     assert kept.items["their gradients"] == found.items["their gradients"] / 2
 
 
-def test_the_bytes_foretold_of_a_streamed_base_are_those_of_the_loaded_one(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("resident", [0, 1])
+def test_the_bytes_foretold_of_a_streamed_base_are_those_of_the_loaded_one(tiny_folder: Path, resident: int) -> None:
     content = {**multimodal(tiny_folder), "quant": "nf4", "embed_quant": "nf4"}
-    recipe, plugins = make_recipe(content, {"train.stream": "cpu"}), installed_plugins()
+    recipe, plugins = (
+        make_recipe(content, {"train.stream": "cpu", "train.resident_layers": resident}),
+        installed_plugins(),
+    )
     found = plan(recipe, plugins)
-    model = build(recipe, plugins, torch.device("cpu"), torch.float32, outside="cpu").model
+    model = build(recipe, plugins, torch.device("cpu"), torch.float32, outside="cpu", resident_layers=resident).model
     assert model.stream is not None
     buffers = sum(len(block.pieces) for block in model.stream.blocks)
     foretold = found.host["linear layers (nf4)"]
     assert foretold <= model.stream.nbytes <= foretold + buffers * ALIGNMENT
+    assert found.streamed == 2 * foretold
+    layers = [layer for name, layer in model.linears().items() if name.startswith("language.")]
+    stored = sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
+    assert found.items.get("linear layers (nf4), 1 of 2 resident", 0) == (stored - foretold if resident else 0)
     tables = sum(buffer.nbytes for table in model.tables().values() for buffer in table.buffers())
     norms = sum(2 * p.numel() for name, p in model.frozen_parameters().items() if not name.startswith("vision."))
     assert found.items["embedding, head (nf4), norms"] == tables + norms

@@ -114,6 +114,15 @@ def test_a_streamed_base_and_whole_micro_batches_as_graphs_do_not_go_together(st
         make_recipe(SMALL, settings).check(load_plugins())
 
 
+def test_layers_that_stay_on_the_device_are_those_of_a_streamed_base() -> None:
+    recipe = make_recipe(SMALL, {"train.resident_layers": 4})
+    with pytest.raises(
+        RecipeError, match=r"resident_layers: 4 is for a base that is streamed(.|\n)*--stream cpu or disk"
+    ):
+        recipe.check(load_plugins())
+    make_recipe(SMALL, {"train.resident_layers": 4, "train.stream": "disk"}).check(load_plugins())
+
+
 # Reading
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import weakref
 from collections.abc import Callable
@@ -33,7 +34,7 @@ from lavintk.errors import ModelError
 from lavintk.models.build import build
 from lavintk.models.host_memory import HostTensors
 from lavintk.models.multimodal import MultimodalModel, recompute
-from lavintk.models.stream import SLOTS, Block, LayerStream
+from lavintk.models.stream import SLOTS, Block, LayerStream, which_stay
 from lavintk.plugins import installed_plugins
 from lavintk.recipe import make_recipe
 from lavintk.testing.runs import multimodal, recipe
@@ -60,12 +61,23 @@ def deep_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def model_of(
-    folder: Path, quant: str, adapter: dict[str, Any], outside: Any = "none", device: torch.device = CPU
+    folder: Path,
+    quant: str,
+    adapter: dict[str, Any],
+    outside: Any = "none",
+    device: torch.device = CPU,
+    *,
+    resident: int = 0,
 ) -> MultimodalModel:
-    """The model of a recipe, with random values in what is trained."""
+    """The model of a recipe, with random values in what is trained.
+
+    :param resident: layers that stay on the device though others are outside.
+    """
     content = multimodal(folder) | {"adapter": adapter, "quant": quant}
     dtype = torch.float32 if device == CPU else torch.bfloat16
-    model = build(make_recipe(content), installed_plugins(), device, dtype, outside=outside).model
+    model = build(
+        make_recipe(content), installed_plugins(), device, dtype, outside=outside, resident_layers=resident
+    ).model
     randomize(model)
     return model.train()
 
@@ -132,6 +144,38 @@ def test_streamed_layers_give_the_gradients_of_resident_ones(
     assert_same(expected, gradients(streamed, layerwise(streamed)))
 
 
+@pytest.mark.parametrize("adapter", [LORA, LAVIN], ids=["lora", "lavin"])
+@pytest.mark.parametrize("resident", range(1, SLOTS + 3))
+def test_where_some_layers_stay_on_the_device_gradients_are_those_of_all_resident_ones(
+    deep_folder: Path, resident: int, adapter: dict[str, Any]
+) -> None:
+    whole = model_of(deep_folder, "nf4", adapter)
+    streamed = model_of(deep_folder, "nf4", adapter, outside="cpu", resident=resident)
+    assert streamed.stream is not None
+    assert len(streamed.stream.blocks) == len(streamed.layers) - resident
+    expected = gradients(whole, EagerEngine(whole, SCALER))
+    for engine in (EagerEngine(streamed, SCALER), layerwise(streamed), layerwise(streamed)):
+        assert_same(expected, gradients(streamed, engine))
+
+
+def test_layers_that_stay_are_spread_evenly() -> None:
+    for count in (1, 5, 32, 80):
+        assert not any(which_stay(count, 0))
+        for resident in range(1, count):
+            places = [index for index, stays in enumerate(which_stay(count, resident)) if not stays]
+            assert len(places) == count - resident
+            gaps = {after - before for before, after in itertools.pairwise(places)}
+            assert not gaps or max(gaps) - min(gaps) <= 1, (count, resident)
+
+
+@pytest.mark.parametrize("resident", [5, 9])
+def test_a_base_of_which_nothing_would_be_streamed_is_an_error_that_says_what_to_ask_for(
+    deep_folder: Path, resident: int
+) -> None:
+    with pytest.raises(ModelError, match=rf"resident_layers={resident} .* has 5 decoder layers. Ask for 4 at most"):
+        model_of(deep_folder, "nf4", LORA, outside="cpu", resident=resident)
+
+
 def test_layers_that_are_streamed_from_disk_give_the_gradients_of_resident_ones(
     deep_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,20 +184,23 @@ def test_layers_that_are_streamed_from_disk_give_the_gradients_of_resident_ones(
     expected = gradients(resident, EagerEngine(resident, SCALER))
     content = multimodal(deep_folder) | {"adapter": LORA, "quant": "nf4"}
     content["model"] |= {"cache": True}
-    for kept in (False, True):  # from a file without a name, then from the base that the first one kept
-        built = build(make_recipe(content), installed_plugins(), CPU, torch.float32, outside="disk")
+    # from a file without a name, then from the base that the first one kept
+    for kept, resident in ((False, 0), (True, 0), (True, 2)):
+        built = build(
+            make_recipe(content), installed_plugins(), CPU, torch.float32, outside="disk", resident_layers=resident
+        )
         randomize(built.model)
         assert_same(expected, gradients(built.model.train(), layerwise(built.model)))
         assert list(tmp_path.rglob("layer-*.safetensors")) or not kept
 
 
 @pytest.mark.parametrize("adapter", [{**LORA, "dropout": 0.5}, LAVIN], ids=["lora", "lavin"])
-@pytest.mark.parametrize("outside", ["none", "cpu"])
+@pytest.mark.parametrize(("outside", "resident"), [("none", 0), ("cpu", 0), ("cpu", 2)])
 def test_layers_that_are_replayed_one_by_one_give_the_gradients_of_layers_that_are_run(
-    deep_folder: Path, adapter: dict[str, Any], outside: str, monkeypatch: pytest.MonkeyPatch
+    deep_folder: Path, adapter: dict[str, Any], outside: str, resident: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layer_graphs, "Recorder", Repeats)
-    model = model_of(deep_folder, "nf4", adapter, outside)
+    model = model_of(deep_folder, "nf4", adapter, outside, resident=resident)
     expected = gradients(model, LayerwiseEngine(model, SCALER, Packed(model), 5))
     layers = RecordedLayers(model, CAPACITY)
     engine = LayerwiseEngine(model, SCALER, layers, 5)
@@ -175,8 +222,9 @@ def test_more_shapes_than_are_recorded_are_run_without_recording(
     assert layers._recorder.recorded == 0  # type: ignore[attr-defined]
 
 
-def test_a_streamed_layer_is_in_the_same_place_whenever_it_is_used(deep_folder: Path) -> None:
-    model = model_of(deep_folder, "nf4", LORA, outside="cpu")
+@pytest.mark.parametrize("resident", [0, 1, 2, 3])
+def test_a_streamed_layer_is_in_the_same_place_whenever_it_is_used(deep_folder: Path, resident: int) -> None:
+    model = model_of(deep_folder, "nf4", LORA, outside="cpu", resident=resident)
     count, places = len(model.layers), dict[int, set[tuple[int, ...]]]()
     for index in [*range(count), *reversed(range(count)), *range(count)]:
         model.bring_layer(index)
@@ -335,13 +383,44 @@ def test_a_layer_crosses_the_bus_twice_per_step_however_many_micro_batches_there
     assert brought == forward[SLOTS:] + back  # the first layers are still there
 
 
-@pytest.mark.parametrize("adapter", [LORA, LAVIN], ids=["lora", "lavin"])
-def test_no_layer_computes_while_it_is_not_on_the_device(
-    deep_folder: Path, adapter: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_each_layer_begins_to_come_when_the_streamed_one_before_it_is_used(
+    deep_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = model_of(deep_folder, "nf4", adapter, outside="cpu")
+    model = model_of(deep_folder, "nf4", LORA, outside="cpu", resident=2)
+    assert which_stay(5, 2) == [False, False, True, False, True]
+    events: list[tuple[str, int]] = []
+    bring, use = LayerStream._bring, LayerStream.use
+
+    def brings(self: LayerStream, number: int) -> None:
+        events.append(("bring", [0, 1, 3][number]))
+        bring(self, number)
+
+    def uses(self: LayerStream, index: int) -> None:
+        events.append(("use", index))
+        use(self, index)
+
+    gradients(model, layerwise(model))  # the first layers are there from then on
+    monkeypatch.setattr(LayerStream, "_bring", brings)
+    monkeypatch.setattr(LayerStream, "use", uses)
+    gradients(model, layerwise(model))
+    # a layer is used by one micro-batch after the other
+    first = [event for place, event in enumerate(events) if event not in events[max(0, place - 3) : place]]
+    assert first == [
+        ("use", 0), ("use", 1), ("bring", 3), ("use", 2), ("use", 3), ("use", 4),
+        ("use", 3), ("use", 2), ("use", 1), ("bring", 0), ("use", 0),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", [LORA, LAVIN], ids=["lora", "lavin"])
+@pytest.mark.parametrize("resident", [0, 2])
+def test_no_layer_computes_while_it_is_not_on_the_device(
+    deep_folder: Path, adapter: dict[str, Any], resident: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(deep_folder, "nf4", adapter, outside="cpu", resident=resident)
     assert model.stream is not None
     slots = [range(slot.data_ptr(), slot.data_ptr() + slot.numel()) for slot in model.stream._slots]
+    for layer in (layer for layer, stays in zip(model.layers, which_stay(5, resident)) if stays):
+        slots += [range(buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes) for buffer in layer.buffers()]
     kind = type(model.linears()["language.model.layers.0.mlp.up_proj"])
     dequantize, where = kind.dequantize, []
 
@@ -357,8 +436,10 @@ def test_no_layer_computes_while_it_is_not_on_the_device(
         assert all(where)
 
 
-def test_a_layer_that_is_not_in_use_is_what_it_was(deep_folder: Path) -> None:
-    resident, streamed = model_of(deep_folder, "nf4", LORA), model_of(deep_folder, "nf4", LORA, outside="cpu")
+@pytest.mark.parametrize("some", [0, 2])
+def test_a_layer_that_is_not_in_use_is_what_it_was(deep_folder: Path, some: int) -> None:
+    resident = model_of(deep_folder, "nf4", LORA)
+    streamed = model_of(deep_folder, "nf4", LORA, outside="cpu", resident=some)
     gradients(streamed, layerwise(streamed))
     for name, layer in streamed.linears().items():
         for key, value in resident.linears()[name].state_dict().items():
@@ -377,7 +458,7 @@ def test_a_device_holds_two_layers_of_a_streamed_base(deep_folder: Path) -> None
 
 def test_a_streamed_run_trains_evaluates_and_is_loaded_like_a_resident_one(deep_folder: Path, tmp_path: Path) -> None:
     made = []
-    for name, train in (("resident", {}), ("streamed", {"stream": "cpu", "offload": True})):
+    for name, train in (("resident", {}), ("streamed", {"stream": "cpu", "offload": True, "resident_layers": 2})):
         content = recipe(deep_folder, max_steps=3, accumulate=2, **train) | {"quant": "nf4", "adapter": LORA}
         content["data"]["validation"] = content["data"]["train"]
         made.append(lavintk.train(content, tmp_path / name))
@@ -413,7 +494,7 @@ def test_what_is_trained_can_be_stored_in_bf16(deep_folder: Path, tmp_path: Path
 @pytest.mark.gpu
 @pytest.mark.parametrize("quant", ["nf4", "int4"])
 @pytest.mark.parametrize("adapter", [LORA, LAVIN], ids=["lora", "lavin"])
-@pytest.mark.parametrize("outside", ["cpu", "disk"])
+@pytest.mark.parametrize(("outside", "some"), [("cpu", 0), ("cpu", 2), ("disk", 0), ("disk", 3)])
 def test_on_a_gpu_streamed_layers_give_the_gradients_of_resident_ones(
     deep_folder: Path,
     tmp_path: Path,
@@ -421,11 +502,12 @@ def test_on_a_gpu_streamed_layers_give_the_gradients_of_resident_ones(
     quant: str,
     adapter: dict[str, Any],
     outside: str,
+    some: int,
 ) -> None:
     monkeypatch.setenv("LAVINTK_CACHE", str(tmp_path))
     resident = model_of(deep_folder, quant, adapter, device=CUDA)
     resident.checkpointing = True
-    streamed = model_of(deep_folder, quant, adapter, outside, CUDA)
+    streamed = model_of(deep_folder, quant, adapter, outside, CUDA, resident=some)
     assert streamed.stream is not None
     assert streamed.stream.blocks[0].memory.is_pinned() == (outside == "cpu")
     expected = gradients(resident, EagerEngine(resident, SCALER))

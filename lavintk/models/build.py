@@ -69,6 +69,7 @@ def build(
     stream: bool = False,
     say: Callable[[str], None] | None = None,
     outside: Literal["none", "cpu", "disk"] = "none",
+    resident_layers: int = 0,
 ) -> Assembly:
     """Load the frozen models, quantize, join them and attach the recipe's adapter, untrained.
 
@@ -79,6 +80,7 @@ def build(
         preferred to all others.
     :param say: takes a line on a base that was kept on disk, and notes; None: they go to the log.
     :param outside: where the language model's layers wait for their turn on the device; none: on it.
+    :param resident_layers: how many of them stay on the device all the same.
     :raises LavintkError: weights, tokenizer or options do not fit; nothing is left on the device.
     """
     quantizer = plugins.quantizers.create(recipe.quant)
@@ -101,7 +103,8 @@ def build(
             return load_language_model(
                 sources["language"], quantizer, device=device, dtype=dtype, progress=progress,
                 trained_in=trained_in, stream=stream, embed_quantizer=_embed_quantizer(recipe, plugins), kept=kept,
-                outside=None if outside == "none" else LayersOutside(device, outside),  # what a failure filled is lost
+                # what a failure filled is lost
+                outside=None if outside == "none" else LayersOutside(device, outside, resident_layers),
             )  # fmt: skip
 
         wanted, trained = None, None

@@ -78,6 +78,8 @@ def load_language_model(
     model, ignore = _empty_language_model(source, dtype)
     if embed_quantizer is not None:
         check_plain(model)
+    if outside is not None:
+        outside.expect(model.config.num_hidden_layers)
     if kept is not None:
         _outline_tables(model, embed_quantizer, dtype)
         if outside is not None:

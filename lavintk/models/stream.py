@@ -3,7 +3,8 @@
 Streamed are the buffers of the frozen linear layers: codes, scales, biases. Each decoder layer's lie in one block of
 host memory, pinned for ``train.stream=cpu``, mapped from disk for ``disk``. The device has :data:`SLOTS` places for
 blocks; while it computes with one, the next is copied into the other. Frozen layers never change, so nothing is copied
-back. What is trained, norms, embedding and head stay on the device.
+back. What is trained, norms, embedding and head stay on the device, and so do as many layers as are asked for: spread
+evenly, so that there is time to bring each of the others.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -64,20 +66,41 @@ class Block:
             piece.put(memory)
 
 
+def which_stay(count: int, resident: int) -> list[bool]:
+    """Return for each of ``count`` decoder layers whether it stays on the device, evenly spread, if ``resident`` do."""
+    return [index * resident // count < (index + 1) * resident // count for index in range(count)]
+
+
 class LayersOutside:
     """Takes frozen layers as they are made, and moves the buffers of each complete decoder layer out of the device.
 
     :param where: ``"cpu"`` for pinned memory, ``"disk"`` for a file without a name that goes with the process, or, if
         layers come out of a file that stays, that one.
+    :param resident: decoder layers that stay on the device all the same.
     :param stack: how the names of what is streamed begin.
     """
 
-    def __init__(self, device: torch.device, where: Literal["cpu", "disk"], stack: str = "model.layers.") -> None:
-        self.device, self.where, self._stack = device, where, stack
+    def __init__(
+        self, device: torch.device, where: Literal["cpu", "disk"], resident: int = 0, stack: str = "model.layers."
+    ) -> None:
+        self.device, self.where, self.resident, self._stack = device, where, resident, stack
+        self._stays: list[bool] = []
         self.stored: Callable[[int], list[StoredTensor]] | None = None
         """Where the tensors of a decoder layer lie on disk already, without gaps; None if they do not."""
         self._layers: list[dict[str, FrozenLinear]] = []
-        self._blocks: list[Block] = []
+        self._blocks: list[Block | None] = []
+
+    def expect(self, count: int) -> None:
+        """Be told how many decoder layers there are, before the first one comes.
+
+        :raises ModelError: all of them would stay on the device.
+        """
+        if self.resident >= count:
+            raise ModelError(
+                f"train.resident_layers={self.resident} leaves nothing to stream: the model has {count} decoder "
+                f"layers. Ask for {count - 1} at most, or for --stream none."
+            )
+        self._stays = which_stay(count, self.resident)
 
     def place(self, name: str, layer: FrozenLinear) -> None:
         """Take a layer; they come in the order of the stack."""
@@ -96,10 +119,13 @@ class LayersOutside:
         return LayerStream(self._blocks, self.device)
 
     def _move_out(self) -> None:
-        """Move the buffers of the last decoder layer, if they are still on the device."""
+        """Move the buffers of the last decoder layer, if they are still on the device and may not stay there."""
         if len(self._blocks) == len(self._layers):
             return
         layers = self._layers[-1]
+        if self._stays[len(self._blocks)]:
+            self._blocks.append(None)
+            return
         block = self._block_on_disk(layers) if self.stored is not None else None
         if block is None:
             pieces, nbytes = _layout(layers)
@@ -136,16 +162,23 @@ class LayersOutside:
 class LayerStream:
     """Brings decoder layers onto the device, in the order in which they are used, forward and backward.
 
-    :param blocks: of each decoder layer.
+    :param layers: the block of each decoder layer, at least one; None for those that are on the device for good.
     """
 
-    def __init__(self, blocks: Sequence[Block], device: torch.device) -> None:
-        self.blocks, self._device, self._side = blocks, device, SideStream(device)
-        size = max(block.memory.numel() for block in blocks)
+    def __init__(self, layers: Sequence[Block | None], device: torch.device) -> None:
+        self.blocks, self._device, self._side = (
+            [block for block in layers if block is not None],
+            device,
+            SideStream(device),
+        )
+        self._layers = len(layers)
+        self._streamed = [index for index, block in enumerate(layers) if block is not None]
+        size = max(block.memory.numel() for block in self.blocks)
         self._slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
         self._holds: list[int | None] = [None] * SLOTS
         self._ready: list[Callable[[], None]] = [lambda: None] * SLOTS
-        self._staging = _Staging(size, device) if device.type == "cuda" and not blocks[0].memory.is_pinned() else None
+        mapped = not self.blocks[0].memory.is_pinned()
+        self._staging = _Staging(size, device) if device.type == "cuda" and mapped else None
         self._last = -1
 
     @property
@@ -158,24 +191,28 @@ class LayerStream:
 
         The layer that was used last may be called no more, except through a further ``use``.
         """
-        slot = index % SLOTS
-        if self._holds[slot] != index:
-            self._bring(index)
-        self._ready[slot]()
-        self.blocks[index].bind(self._slots[slot][: self.blocks[index].memory.numel()])
+        number = bisect_left(self._streamed, index)  # of its block, or else of the next one behind it
+        streamed = number < len(self._streamed) and self._streamed[number] == index
+        if streamed:
+            slot, block = number % SLOTS, self.blocks[number]
+            if self._holds[slot] != number:
+                self._bring(number)
+            self._ready[slot]()
+            block.bind(self._slots[slot][: block.memory.numel()])
         if index != self._last:
-            begins = index == 0 and self._last == len(self.blocks) - 1
-            following = index + (1 if begins or index > self._last else -1)
+            begins = index == 0 and self._last == self._layers - 1
+            forward = begins or index > self._last
+            following = number + streamed if forward else number - 1
             self._last = index
             if 0 <= following < len(self.blocks) and self._holds[following % SLOTS] != following:
                 self._bring(following)
 
-    def _bring(self, index: int) -> None:
-        """Begin to copy layer ``index`` into its slot, once nothing computes with that any more.
+    def _bring(self, number: int) -> None:
+        """Begin to copy a block into its slot, once nothing computes with that any more.
 
         It is always the same slot, whose neighbours' are others.
         """
-        slot, memory = index % SLOTS, self.blocks[index].memory
+        slot, memory = number % SLOTS, self.blocks[number].memory
         before = self._holds[slot]
         if before is not None:  # whoever looks at that layer from now on sees what is outside of the device
             self.blocks[before].bind(self.blocks[before].memory)
@@ -186,7 +223,7 @@ class LayerStream:
             with self._side.begin():
                 target.copy_(memory, non_blocking=True)
             self._ready[slot] = self._side.mark()
-        self._holds[slot] = index
+        self._holds[slot] = number
 
 
 class _Staging:
