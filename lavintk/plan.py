@@ -1,9 +1,10 @@
 """Memory and time of a training step, foretold from names and shapes: no weights are read and no GPU is needed.
 
-Every item is a formula over the model's outline; two numbers were fitted to runs of LLaMA-7B on an H100: the
-activations of the layer in work (:data:`LAYER_WORK`) and what is neither a matrix product nor unpacking
-(:data:`OTHER_PER_LAYER`, :data:`OTHER_BYTES`). The vision tower's operations were counted (:data:`BLOCK_KERNELS`).
-docs/memory.md says what the items are, docs/benchmarks.md compares predictions with measurements.
+Every item is a formula over the model's outline; some numbers were fitted to runs of LLaMA on an H100 and an H200: the
+activations of the layer in work (:data:`LAYER_WORK`), what the allocator holds (:data:`HELD`) and what is neither a
+matrix product nor unpacking (:data:`OTHER_PER_LAYER`, :data:`OTHER_BYTES`). The vision tower's operations were counted
+(:data:`BLOCK_KERNELS`). docs/memory.md says what the items are, docs/benchmarks.md compares predictions with
+measurements.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ CONTEXT = round(0.92 * GIB)
 """Device memory of the CUDA context and its libraries on an H100; smaller cards need less."""
 WORKSPACES = 64 << 20
 """What the library of matrix products takes, on each of two streams 32 MiB on an H100; on smaller cards it is less."""
+HELD, HELD_UNPACKED = GIB // 20, 1.75
+"""What the allocator holds beyond what is allocated: bytes, and times the largest unpacked weight. Fitted to runs on an
+H100 and an H200, with segments that grow (:func:`lavintk.devices.grow_segments`); the length of rows made no odds."""
 AT_WORK, UNPACKED = "a layer at work", "an unpacked weight"
 """Names of two items."""
 OUTSIDE = -1
@@ -45,11 +49,10 @@ INPUTS_ON_DEVICE = LEAVING + 1
 """Layer inputs that are on the device at a time where they wait on the host."""
 PAGED_FROM = 100_000
 """Elements from which on paged optimizers keep state on the host."""
-LAYER_WORK = (8, 6)
-"""Tensors of the hidden and of the intermediate width that exist while a layer goes backward."""
-LAYER_KEPT, MLP_TRAINED = (7, 2), (1, 1)
-"""Likewise those that a layer keeps for its backward pass where it is not recomputed, and more of them where something
-is trained in its MLP; counted. Frozen linear layers keep nothing."""
+LAYER_WORK, LAYER_KEPT, MLP_TRAINED = (8, 4), (7, 2), (1, 1)
+"""Tensors of the hidden and of the intermediate width that exist while a layer goes backward; those that it keeps for
+that where it is not recomputed; how many more it keeps where something is trained in its MLP, of which those of the
+intermediate width are also at work. What is kept was counted: frozen linear layers keep nothing."""
 BLOCK_KEPT = (7, 2)
 """Likewise those that a block of a vision tower keeps; counted, with attention that keeps no scores."""
 MATRIX_SHARE, COPY_SHARE = 0.60, 0.82
@@ -119,10 +122,10 @@ class Plan:
     def device(self) -> int:
         """Device memory in use in all, context included, in bytes.
 
-        The allocator holds what a layer works with once more: graphs have a pool of their own, and what is free in one
-        place does not always suit the next.
+        The allocator holds more than is allocated: graphs have a pool of their own, and what is free in one place does
+        not always suit the next.
         """
-        return self.allocated + self.items[AT_WORK] + self.items.get(UNPACKED, 0) + CONTEXT
+        return self.allocated + HELD + round(HELD_UNPACKED * self.items.get(UNPACKED, 0)) + CONTEXT
 
     @property
     def held(self) -> int:
@@ -205,7 +208,8 @@ def plan_of(
     trained, states, host = _trained(model, recipe, plugins.optimizers.create(recipe.optim))
     input_of_layer = 2 * tokens * hidden
     inputs, waiting, gradients = _layer_inputs(recipe, engine, recomputed, window)
-    at_work = 2 * tokens * (LAYER_WORK[0] * hidden + LAYER_WORK[1] * inner)
+    at_work = 2 * tokens * (LAYER_WORK[0] * hidden + (LAYER_WORK[1] + _trains_mlp(model) * MLP_TRAINED[1]) * inner)
+    images, of_a_block = _images(model, recipe, batch.images)
     kept = _kept_by_layer(model, tokens, hidden, inner) if batch.kept is None else batch.kept
     stays = which_stay(layers, min(train.resident_layers, layers)) if streaming else [True] * layers
     stored, linears = (
@@ -229,7 +233,7 @@ def plan_of(
         UNPACKED: base.largest,
         "workspaces of matrix products": WORKSPACES,
         "logits of a chunk": max(0, _loss(tokens, hidden, ends) - at_work - base.largest),
-        "images at work": _images(model, recipe, batch.images),
+        "images at work": images + max(0, of_a_block - at_work - base.largest),
     }
     aside = {
         linears: outside if train.stream == "cpu" else 0,
@@ -386,10 +390,15 @@ def _trained(model: MultimodalModel, recipe: Recipe, optimizer: Optimizer) -> tu
 def _kept_by_layer(model: MultimodalModel, tokens: int, hidden: int, inner: int) -> int:
     """Return the bytes that a layer keeps where it is not recomputed, copies in 16 bits of what is trained included."""
     trained = {id(parameter) for parameter in model.trainable().values()}
-    in_mlp = any(id(p) in trained for name, p in model.layers[0].named_parameters() if name.startswith("mlp."))
-    wide, widest = (kept + in_mlp * more for kept, more in zip(LAYER_KEPT, MLP_TRAINED))
+    wide, widest = (kept + _trains_mlp(model) * more for kept, more in zip(LAYER_KEPT, MLP_TRAINED))
     copies = 2 * sum(p.numel() for p in model.layers[0].parameters() if id(p) in trained)
     return 2 * tokens * (wide * hidden + widest * inner) + copies
+
+
+def _trains_mlp(model: MultimodalModel) -> bool:
+    """Return whether something is trained in the MLPs of decoder layers."""
+    trained = {id(parameter) for parameter in model.trainable().values()}
+    return any(id(p) in trained for name, p in model.layers[0].named_parameters() if name.startswith("mlp."))
 
 
 def _layer_inputs(recipe: Recipe, engine: str, recomputed: int, window: int) -> tuple[int, int, int]:
@@ -448,20 +457,21 @@ def _tower(model: MultimodalModel, recipe: Recipe, base: _Base, images: int) -> 
     return work
 
 
-def _images(model: MultimodalModel, recipe: Recipe, images: int) -> int:
+def _images(model: MultimodalModel, recipe: Recipe, images: int) -> tuple[int, int]:
     """Return what the tower's blocks keep of ``images`` images for the backward pass, and what one at work takes.
 
     That is their inputs; where they are not recomputed, all that the backward pass needs.
     """
     if model.vision is None:
-        return 0
+        return 0, 0
     config = model.vision.model.config
     hidden, inner = config.hidden_size, config.intermediate_size
     if recipe.train.checkpointing is False:
         kept = sum(_goes_back(model)) * (BLOCK_KEPT[0] * hidden + BLOCK_KEPT[1] * inner)
     else:
         kept = len(model.vision.blocks) * hidden
-    return 2 * images * _positions(model.vision) * int(kept + 8 * hidden + 2 * inner)
+    values = 2 * images * _positions(model.vision)
+    return values * kept, values * (8 * hidden + 2 * inner)
 
 
 def _goes_back(model: MultimodalModel) -> list[bool]:

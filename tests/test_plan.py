@@ -52,6 +52,11 @@ MEASURED = [
     ("7b", LAVIN, "paged", 12, 170, "graph", {}, 4.84, 6.09, 203.8),
     ("7b", LAVIN, "paged", 1, 512, "graph", {}, 4.46, 5.47, 91.3),
     ("13b", LAVIN, "paged", 1, 512, "graph", {}, 7.65, 8.77, 153.5),
+    ("7b", LORA, "paged-8bit", 1, 256, "graph", {}, 4.09, 5.31, None),
+    ("7b", LORA, "paged-8bit", 4, 1024, "graph", {}, 4.76, 5.90, None),
+    ("7b", LORA, "paged-8bit", 4, 2048, "graph", {}, 5.56, 6.80, None),
+    ("7b", LAVIN, "paged", 4, 1024, "graph", {}, 5.05, 6.30, None),
+    ("65b", LAVIN, "paged", 1, 512, "layerwise", streamed(2), 3.05, 4.47, None),
     ("7b", LAVIN, "paged", 1, 512, "eager", KEPT, 4.61, 5.62, None),
     ("13b", LAVIN, "paged", 1, 512, "eager", KEPT, 7.89, 8.95, None),
     ("7b", LORA, "paged-8bit", 1, 512, "layerwise", streamed(8), 1.29, 2.43, None),
@@ -61,15 +66,18 @@ MEASURED = [
     ("13b", LAVIN, "paged", 1, 512, "layerwise", streamed(1), 1.86, 3.02, None),
 ]
 """Geometry, adapter, optimizer, rows, tokens per row, engine, settings; allocated GiB, device GiB, milliseconds of a
-micro-batch. 13B with LaVIN was measured beside other work, so its time is an upper bound. Rows with 2048 tokens, or
-with layers that keep what they computed, have the memory of an H200."""
+micro-batch. 13B with LaVIN was measured beside other work, so its time is an upper bound. Rows without a
+time, with 2048 tokens, or with layers that keep what they computed, have the memory of an H200."""
 ON_H200 = [
-    ("7b", 1, 512, True, 60.3),
+    ("7b", 1, 512, True, 61.5),
     ("7b", 1, 512, 16, 52.4),
     ("7b", 1, 512, False, 44.1),
-    ("7b", 4, 512, True, 162.5),
-    ("7b", 1, 2048, True, 175.6),
-    ("13b", 1, 512, True, 106.1),
+    ("7b", 1, 1024, True, 96.5),
+    ("7b", 4, 512, True, 166.0),
+    ("7b", 1, 2048, True, 180.0),
+    ("7b", 4, 1024, True, 316.1),
+    ("7b", 4, 2048, True, 635.7),
+    ("13b", 1, 512, True, 109.2),
 ]
 """Geometry, rows, tokens per row, recomputed layers, milliseconds; LoRA and the engine graph."""
 
@@ -117,7 +125,7 @@ def test_what_is_foretold_is_near_what_was_measured(
 ) -> None:  # fmt: skip
     recipe = text_recipe(adapter, optim, rows, length, **train)
     found = plan_of(outline(geometry, adapter), recipe, installed_plugins(), engine)
-    assert found.allocated / GIB == pytest.approx(allocated, rel=0.04)
+    assert found.allocated / GIB == pytest.approx(allocated, rel=0.03)
     if device is not None:
         assert found.device / GIB == pytest.approx(device, rel=0.06)
     if milliseconds is not None:
@@ -164,8 +172,8 @@ def test_a_tower_that_is_not_recomputed_keeps_what_its_backward_pass_needs() -> 
     kept, recomputed = (lavin("router", {"train.checkpointing": how}) for how in (False, 1))
     more = kept.items["images at work"] - recomputed.items["images at work"]
     assert more == 2 * 257 * 24 * (6 * 1024 + 2 * 4096)
-    frozen = lavin("none", {"train.checkpointing": False}).items["images at work"]
-    assert frozen == 2 * 257 * (8 * 1024 + 2 * 4096)  # one block at a time
+    frozen = {"train.checkpointing": False, "data.cache_features": False}
+    assert "images at work" not in lavin("none", frozen).items  # a block takes less than a decoder layer
 
 
 def test_no_time_is_foretold_where_the_host_launches_operations_one_by_one() -> None:
@@ -273,7 +281,7 @@ def test_a_quantized_vocabulary_is_counted_in_its_own_bits_and_once_where_it_is_
     wide, narrow = (plan_of(model, recipe, installed_plugins()) for recipe in (plain, packed))
     assert wide.items["embedding, head, norms"] == 2 * words + norms
     assert narrow.items["embedding, head (nf4), norms"] == pytest.approx(words * NF4 / 8 + norms, rel=1e-3)
-    work = 2 * 512 * (8 * 1024 + 6 * 2048) + 2 * 1024 * 2048  # a layer, and its largest weight
+    work = 2 * 512 * (8 * 1024 + 5 * 2048) + 2 * 1024 * 2048  # a layer, and its largest weight
     assert wide.items["logits of a chunk"] == 256 * 32768 * 6 + 4 * 512 * 1024 - work
     assert narrow.items["logits of a chunk"] == 16384 * (256 * 6 + 2 * 1024) + 4 * 512 * 1024 - work
 
