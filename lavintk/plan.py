@@ -41,6 +41,8 @@ WORKSPACES = 64 << 20
 HELD, HELD_UNPACKED = GIB // 20, 1.75
 """What the allocator holds beyond what is allocated: bytes, and times the largest unpacked weight. Fitted to runs on an
 H100 and an H200, with segments that grow (:func:`lavintk.devices.grow_segments`); the length of rows made no odds."""
+EAGER = "with the engine eager the host launches operations one by one, and sets the pace"
+"""Why its time cannot be foretold."""
 AT_WORK, UNPACKED = "a layer at work", "an unpacked weight"
 """Names of two items."""
 OUTSIDE = -1
@@ -241,7 +243,7 @@ def plan_of(
         "layer inputs": waiting * input_of_layer,
         **host,
     }
-    tower = _tower(model, recipe, base, batch.images)
+    tower = _tower(model, recipe, base, batch.images, again=engine == "layerwise")
     times = 2 * (1 if engine == "layerwise" else window)  # each weight once forward and once backward
     return Plan(
         items={name: size for name, size in items.items() if size},
@@ -249,7 +251,7 @@ def plan_of(
         tokens=tokens,
         micro_batches=window,
         engine=engine,
-        untimed=_untimed(engine, tower),
+        untimed=EAGER if engine == "eager" else "",
         work=_decoder(base, tokens, hidden, layers, 2 + recomputed / layers) + tower,
         streamed=times * outside,
         first=0 if stays[0] else base.layers[0],
@@ -435,11 +437,13 @@ def _decoder(base: _Base, tokens: int, hidden: int, layers: int, passes: float) 
     )
 
 
-def _tower(model: MultimodalModel, recipe: Recipe, base: _Base, images: int) -> Work:
+def _tower(model: MultimodalModel, recipe: Recipe, base: _Base, images: int, *, again: bool) -> Work:
     """Return the work of a micro-batch with ``images`` images in the vision tower.
 
     That is one pass forward and, from the first block on in which something is trained, one backward and one again if
     blocks are recomputed. There is none where features are the same in each step, and so are computed before the first.
+
+    :param again: it goes forward once more, since nothing is kept of the first time.
     """
     tower = model.vision
     if tower is None or (recipe.data.cache_features is not False and not why_not_the_same(model)):
@@ -447,12 +451,12 @@ def _tower(model: MultimodalModel, recipe: Recipe, base: _Base, images: int) -> 
     backward = 1 if recipe.train.checkpointing is False else 2
     places, work = images * _positions(tower), Work()
     for goes_back, (stored, weights) in zip(_goes_back(model), base.blocks, strict=False):  # some are not run
-        passes = 1 + backward * goes_back
+        passes = 1 + again + backward * goes_back
         work += Work(
             products=2.0 * weights * places * passes,
             unpacked=_unpacked(stored, weights) * passes,
             moved=OTHER_BYTES * places * tower.width * passes / 3,  # fitted to decoder layers with three passes
-            small=KERNEL * BLOCK_KERNELS[goes_back],
+            small=KERNEL * (BLOCK_KERNELS[goes_back] + again * BLOCK_KERNELS[0]),
         )
     return work
 
@@ -491,17 +495,6 @@ def _positions(tower: VisionTower) -> int:
 def _unpacked(stored: int, weights: int) -> float:
     """Return the bytes read and written to unpack weights once; none where they are stored in 16 bits."""
     return stored + 2.0 * weights if stored < 2 * weights else 0.0
-
-
-def _untimed(engine: str, tower: Work) -> str:
-    """Return why the time of a micro-batch cannot be foretold, or an empty text."""
-    if engine == "eager":
-        launched = "operations"
-    elif engine == "layerwise" and tower != Work():
-        launched = "the vision tower's operations"
-    else:
-        return ""
-    return f"with the engine {engine} the host launches {launched} one by one, and sets the pace"
 
 
 def _bits(quant: Choice) -> str:

@@ -130,18 +130,36 @@ def test_the_start_says_how_full_packs_are(tiny_folder: Path, tmp_path: Path) ->
 
 
 class Repeats:
-    """Stands in for what records CUDA graphs: a replay does the work again."""
+    """Stands in for what records CUDA graphs: a replay does the work again; results stay in the same place."""
 
     def __init__(self, device: torch.device) -> None:
         self.recorded = 0
 
-    def warm_up(self, work: Callable[[], Any]) -> tuple[int, bool]:
-        return 0, False
+    def warm_up(self, work: Callable[[], Any]) -> Any:
+        return work()
 
-    def record(self, work: Callable[[], Any], prepare: object = None) -> tuple[Callable[[], object], Any]:
+    def record(self, work: Callable[[], Any], prepare: object = None) -> tuple[Callable[[], None], Any]:
         self.recorded += 1
-        result = work()
-        return (work if result is None else lambda: result.copy_(work())), result
+        result, keeps_graph = work(), torch.is_grad_enabled()
+
+        def replay() -> None:
+            with torch.set_grad_enabled(keeps_graph):
+                values = tensors_in(work())
+            with torch.no_grad():
+                for place, value in zip(tensors_in(result), values, strict=True):
+                    place.copy_(value)
+
+        return replay, result
+
+
+def tensors_in(result: Any) -> list[Tensor]:
+    """Return the tensors of what is recorded: nothing, a tensor, or states and their passage."""
+    if result is None:
+        return []
+    if isinstance(result, Tensor):
+        return [result]
+    states, passage = result
+    return [states, *layer_graphs._tensors(passage)]
 
 
 def text_batch() -> Batch:
@@ -152,6 +170,7 @@ def text_batch() -> Batch:
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GraphEngine, "_warm_up", lambda *_: (0, False))
     for module in (graph, layer_graphs):
         monkeypatch.setattr(module, "Recorder", Repeats)
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)

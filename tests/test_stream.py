@@ -39,6 +39,7 @@ from lavintk.plugins import installed_plugins
 from lavintk.recipe import make_recipe
 from lavintk.testing.runs import multimodal, recipe
 from lavintk.testing.tiny import write_language_model
+from tests.test_engine import Repeats
 from tests.test_mma import make_batch, randomize
 
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -95,20 +96,6 @@ class Packed(EagerLayers):
 
     def place(self, batch: Batch) -> Batch | Pack:
         return RecordedLayers.place(RecordedLayers(self._model, CAPACITY), batch)
-
-
-class Repeats:
-    """Stands in for what records CUDA graphs: a replay does the work again."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.recorded = 0
-
-    def warm_up(self, work: Callable[[], Any]) -> Any:
-        return work()
-
-    def record(self, work: Callable[[], Any]) -> tuple[Callable[[], Any], None]:
-        self.recorded += 1
-        return work, None
 
 
 def gradients(model: MultimodalModel, engine: Engine) -> Found:
@@ -207,7 +194,10 @@ def test_layers_that_are_replayed_one_by_one_give_the_gradients_of_layers_that_a
     for _ in range(2):
         assert_same(expected, gradients(model, engine))
     shapes = {PackShape.of(batch, CAPACITY, model.visual_tokens, layers._side) for batch in batches_for(model)}
-    assert layers._recorder.recorded == 2 * len(model.layers) * len({(s.tokens, s.segments) for s in shapes})  # type: ignore[attr-defined]
+    assert all(shape.images for shape in shapes)
+    # forward and backward: each layer, and what lies in front of them
+    of_layers, of_entries = len(model.layers) * len({(s.tokens, s.segments) for s in shapes}), len(shapes)
+    assert layers._recorder.recorded == 2 * (of_layers + of_entries)  # type: ignore[attr-defined]
 
 
 def test_more_shapes_than_are_recorded_are_run_without_recording(
@@ -537,6 +527,32 @@ def test_on_a_gpu_replayed_layers_draw_the_same_dropout_in_both_passes(deep_fold
     for _ in range(3):
         assert_near(expected, gradients(model, engine))
     assert torch.equal(torch.rand(3, device=CUDA), following)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_replayed_tower_draws_the_same_dropout_in_both_passes(deep_folder: Path) -> None:
+    content = multimodal(deep_folder) | {"adapter": {**LAVIN, "dropout": 0.5}}
+    model = build(make_recipe(content), installed_plugins(), CUDA, torch.float32).model.train()
+    randomize(model)
+    model.checkpointing = True
+    layers = RecordedLayers(model, CAPACITY)
+    pack = layers.place(make_batch(model))
+    assert isinstance(pack, Pack)
+    states, _ = layers.enter(pack, 7)
+    weights = torch.randn_like(states)
+    layers.back_through_entry(pack, weights, 7)
+    trained = [p for p in model.trainable().values() if p.grad is not None and p.grad.any()]
+    steepest = float(sum(p.grad.double().square().sum() for p in trained if p.grad is not None)) ** 0.5
+    assert steepest > 0
+    assert not torch.equal(layers.enter(pack, 8)[0], states)
+    assert torch.equal(layers.enter(pack, 7)[0], states)
+    step, moved = 3e-3, []
+    for sign in (1, -2):  # a step up, and from there the same step down from where it began
+        for parameter in trained:
+            assert parameter.grad is not None
+            parameter.data += sign * step / steepest * parameter.grad
+        moved.append(float((layers.enter(pack, 7)[0].double() * weights).sum()))
+    assert (moved[0] - moved[1]) / (2 * step) == pytest.approx(steepest, rel=0.02)
 
 
 @pytest.mark.gpu

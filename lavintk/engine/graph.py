@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lavintk.data.batch import Batch
 from lavintk.data.pack import Pack, PackShape
-from lavintk.engine.randomness import RecordedRandomness, Run, recompute_without_randomness
+from lavintk.engine.randomness import RecordedRandomness, how_to_recompute, recomputing, watched
 from lavintk.engine.recorder import Recorder, keep_gradients
 from lavintk.engine.shape_limit import ShapeLimit
-from lavintk.models.multimodal import MultimodalModel, Recompute, recompute
+from lavintk.models.multimodal import MultimodalModel
 
 WARM_UPS = 2
 """Runs before the first recording: libraries make their workspaces, kernels are compiled. Others get a single one."""
@@ -122,39 +121,14 @@ class GraphEngine:
         pack, factor = example.map(lambda tensor: tensor.to(device)), torch.zeros((), device=device)
         layers, draws = self._recorder.warm_up(lambda: self._warm_up(pack, factor))
         randomness = RecordedRandomness(device, layers) if draws else None
-        how = recompute_without_randomness if randomness is None else randomness.recompute
-        with _recomputing(self.model, how):
+        with recomputing(self.model, how_to_recompute(randomness)):
             replay, loss = self._recorder.record(
                 lambda: self._forward_backward(pack, factor), None if randomness is None else randomness.attach
             )
         return RecordedStep(replay, pack, factor, loss, randomness)
 
     def _warm_up(self, pack: Pack, factor: Tensor) -> tuple[int, bool]:
-        """Run with a ``factor`` of 0, which leaves gradients as they are; return what a recording has to know.
-
-        :returns: how many layers are recomputed, and whether anything draws random numbers.
-        """
-        generator = torch.cuda.default_generators[self.model.device.index or 0]
-        calls = 0
-
-        def counted(run: Run, module: nn.Module, hidden: Tensor) -> Tensor:
-            nonlocal calls
-            calls += 1
-            return recompute(run, module, hidden)
-
-        before = generator.get_offset()
-        runs = 1 if self._recorded else WARM_UPS
-        for _ in range(runs):
-            with _recomputing(self.model, counted):
-                self._forward_backward(pack, factor)
-        return calls // runs, generator.get_offset() != before
-
-
-@contextmanager
-def _recomputing(model: MultimodalModel, how: Recompute) -> Iterator[None]:
-    """Let ``model`` recompute its layers by ``how``."""
-    before, model.recompute = model.recompute, how
-    try:
-        yield
-    finally:
-        model.recompute = before
+        """Run with a ``factor`` of 0, which leaves gradients as they are; return what :func:`watched` does."""
+        for _ in range(0 if self._recorded else WARM_UPS - 1):
+            self._forward_backward(pack, factor)
+        return watched(self.model, lambda: self._forward_backward(pack, factor))

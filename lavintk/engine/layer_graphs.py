@@ -10,19 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from lavintk.data.batch import Batch
 from lavintk.data.pack import Pack, PackShape
+from lavintk.engine.entry_graphs import Entry, EntryGraphs
 from lavintk.engine.randomness import random_state_kept
 from lavintk.engine.recorder import Recorder, keep_gradients
 from lavintk.engine.shape_limit import ShapeLimit
 from lavintk.models.attention import PackPlan
-from lavintk.models.decoder_layer import Place
-from lavintk.models.multimodal import ForwardContext, MultimodalModel, Passage
+from lavintk.models.multimodal import MultimodalModel, Passage
 
 MOST_SHAPES = 8
 """Shapes that are recorded: of each, a device holds the launch parameters of all layers."""
@@ -39,6 +39,21 @@ class EagerLayers:
     def place(self, batch: Batch) -> Batch | Pack:
         """Return a micro-batch on the device, in the form that the layers take."""
         return batch.to(self._model.device)
+
+    def enter(self, rows: Batch | Pack, seed: int) -> tuple[Tensor, Passage]:
+        """Return the states in front of the layers, without what a backward pass needs, and the passage.
+
+        :param seed: of random numbers that are drawn there, as far as torch's default generator does not serve.
+        """
+        with torch.no_grad():
+            return self._model.start(rows)
+
+    def back_through_entry(self, rows: Batch | Pack, gradient: Tensor, seed: int) -> None:
+        """Compute the states in front of the layers again, and add the gradients of what is trained there."""
+        with torch.enable_grad():
+            states, _ = self._model.start(rows)
+            if states.requires_grad:  # not where a micro-batch has no images, and nothing else is trained there
+                torch.autograd.backward(states, gradient)
 
     def forward(self, index: int, states: Tensor, passage: Passage) -> Tensor:
         """Return the states behind layer ``index``, without what a backward pass needs."""
@@ -75,11 +90,32 @@ class RecordedLayers:
         self._recorder = Recorder(model.device)
         self._trained = list(model.trainable().values())
         self._eager = EagerLayers(model)
+        self._entries = EntryGraphs(model, self._recorder, self._limit)
 
     def place(self, batch: Batch) -> Batch | Pack:
         """Return a micro-batch on the device, filled up to one of few shapes."""
         shape = PackShape.of(batch, self._capacity, self._model.visual_tokens, self._side)
         return Pack.of(batch, shape, self._side).map(lambda tensor: tensor.to(self._model.device))
+
+    def enter(self, rows: Batch | Pack, seed: int) -> tuple[Tensor, Passage]:
+        """Do what :meth:`EagerLayers.enter` does.
+
+        :raises NotRecordableError: an operation cannot be recorded; no gradient was changed.
+        """
+        entry = self._entry(rows)
+        return self._eager.enter(rows, seed) if entry is None else entry.forward(cast(Pack, rows), seed)
+
+    def back_through_entry(self, rows: Batch | Pack, gradient: Tensor, seed: int) -> None:
+        """Do what :meth:`EagerLayers.back_through_entry` does."""
+        entry = self._entry(rows)
+        if entry is None:
+            self._eager.back_through_entry(rows, gradient, seed)
+        else:
+            entry.backward(cast(Pack, rows), gradient, seed)
+
+    def _entry(self, rows: Batch | Pack) -> Entry | None:
+        assert isinstance(rows, Pack)
+        return self._entries.of(rows)
 
     def forward(self, index: int, states: Tensor, passage: Passage) -> Tensor:
         """Return the states behind layer ``index``.
@@ -116,7 +152,7 @@ class RecordedLayers:
         if shape not in self._stages:
             if not self._limit.admits(len(self._stages)):
                 return None
-            self._stages[shape] = _Stage.of(states, passage, plan)
+            self._stages[shape] = _Stage.of(states, passage)
         return self._stages[shape]
 
     def _record(self, index: int, stage: _Stage) -> _LayerGraphs:
@@ -159,17 +195,10 @@ class _Stage:
     layers: dict[int, _LayerGraphs] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, states: Tensor, passage: Passage, plan: PackPlan) -> _Stage:
+    def of(cls, states: Tensor, passage: Passage) -> _Stage:
         """Return one for micro-batches like an example."""
-        cos, sin = (x.clone() for x in passage.rotary)
-        own = Passage(
-            Place(PackPlan(plan.boundaries.clone(), plan.longest), cos[0], sin[0]),
-            passage.positions.clone(),
-            (cos, sin),
-            ForwardContext(passage.context.owners.clone(), passage.context.side, passage.context.cached),
-        )
         entering, leaving, gradient, returned = (torch.empty_like(states, requires_grad=False) for _ in range(4))
-        return cls(own, entering, leaving, gradient, returned)
+        return cls(passage.clone(), entering, leaving, gradient, returned)
 
     def load(self, passage: Passage, places: list[Tensor], values: list[Tensor]) -> None:
         """Copy a micro-batch in, and ``values`` to ``places``."""

@@ -84,8 +84,7 @@ class _Window:
         entered = []
         for number, rows in enumerate(self.rows):
             self._draw_for(number, 0)
-            with torch.no_grad():
-                entered.append(self.model.start(rows))
+            entered.append(self.layers.enter(rows, self.seeds[number]))
         return [states for states, _ in entered], [passage for _, passage in entered]
 
     def _losses(self, states: list[Tensor], labelled: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -117,10 +116,7 @@ class _Window:
         """Go on into what makes the states in front of the layers: connector, tower, side tokens."""
         for number, (rows, gradient) in enumerate(zip(self.rows, gradients, strict=True)):
             self._draw_for(number, 0)
-            with torch.enable_grad():
-                states, _ = self.model.start(rows)
-                if states.requires_grad:  # not where a micro-batch has no images, and nothing else is trained there
-                    torch.autograd.backward(states, gradient)
+            self.layers.back_through_entry(rows, gradient, self.seeds[number])
 
     def _draw_for(self, number: int, place: int) -> None:
         """Let random numbers be those of a micro-batch and a place: 0 in front of the layers, 1 in the first one."""

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lavintk.models.multimodal import MultimodalModel, Recompute, recompute
+
 Run = Callable[..., Tensor]
 
 
@@ -49,9 +51,12 @@ class RecordedRandomness:
                 generator.manual_seed(seed + layer)
 
     def recompute(self, run: Run, module: nn.Module, hidden: Tensor) -> Tensor:
-        """Run a layer keeping only its input, with the next pair of generators."""
+        """Run a layer keeping only its input, with the next pair of generators; without gradients keep nothing."""
         forward, backward = self._pairs[self._next]
         self._next += 1
+        if not torch.is_grad_enabled():
+            with self._drawing_from(forward):
+                return run(module, hidden)
         return _recompute(run, module, hidden, lambda: (self._drawing_from(forward), self._drawing_from(backward)))
 
     @contextmanager
@@ -62,6 +67,37 @@ class RecordedRandomness:
             yield
         finally:
             self._default.graphsafe_set_state(before)
+
+
+def how_to_recompute(randomness: RecordedRandomness | None) -> Recompute:
+    """Return how a recording recomputes layers; without ``randomness`` they draw no random numbers."""
+    return recompute_without_randomness if randomness is None else randomness.recompute
+
+
+@contextmanager
+def recomputing(model: MultimodalModel, how: Recompute) -> Iterator[None]:
+    """Let ``model`` recompute its layers by ``how``."""
+    before, model.recompute = model.recompute, how
+    try:
+        yield
+    finally:
+        model.recompute = before
+
+
+def watched(model: MultimodalModel, work: Callable[[], object]) -> tuple[int, bool]:
+    """Do ``work``; return how many layers it recomputes, and whether anything draws random numbers on the device."""
+    on_cuda = model.device.type == "cuda"
+    generator = torch.cuda.default_generators[model.device.index or 0] if on_cuda else torch.default_generator
+    calls, before = 0, generator.get_state()
+
+    def counted(run: Run, module: nn.Module, hidden: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return recompute(run, module, hidden)
+
+    with recomputing(model, counted):
+        work()
+    return calls, not torch.equal(generator.get_state(), before)
 
 
 def recompute_without_randomness(run: Run, module: nn.Module, hidden: Tensor) -> Tensor:

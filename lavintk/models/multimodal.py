@@ -81,6 +81,18 @@ class Passage:
     rotary: tuple[Tensor, Tensor]
     context: ForwardContext
 
+    def clone(self) -> Passage:
+        """Return the passage of a pack with tensors of its own."""
+        plan = self.place.plan
+        assert isinstance(plan, PackPlan)
+        cos, sin = (x.clone() for x in self.rotary)
+        return Passage(
+            Place(PackPlan(plan.boundaries.clone(), plan.longest), cos[0], sin[0]),
+            self.positions.clone(),
+            (cos, sin),
+            ForwardContext(self.context.owners.clone(), self.context.side, self.context.cached),
+        )
+
 
 class ContextHolder:
     """Holds the :class:`ForwardContext` of the layer call in progress; adapters keep a reference to it."""
@@ -302,7 +314,7 @@ class MultimodalModel(nn.Module):
             raise ModelError("the batch holds images, but the model was loaded without a vision tower")
         if self.vision.device != self.device:  # set aside until now
             self.vision.to(self.device)
-        how = self._recomputed_block if self.checkpointing and torch.is_grad_enabled() else run_block
+        how = self._recomputed_block if self.checkpointing else run_block
         if blank_first:
             pixel_values = torch.cat([torch.zeros_like(pixel_values[:1]), pixel_values])
         features = cast(Tensor, self.vision(pixel_values, how))
@@ -487,7 +499,12 @@ class MultimodalModel(nn.Module):
 
 
 def recompute(run: Callable[..., Tensor], module: nn.Module, hidden: Tensor) -> Tensor:
-    """Run a whole layer keeping only its input; dropout draws the same mask again in the recomputation."""
+    """Run a whole layer keeping only its input; dropout draws the same mask again in the recomputation.
+
+    Without gradients nothing is kept.
+    """
+    if not torch.is_grad_enabled():
+        return run(module, hidden)
     return cast(Tensor, checkpoint(run, module, hidden, use_reentrant=False))
 
 

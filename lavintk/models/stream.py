@@ -166,13 +166,9 @@ class LayerStream:
     """
 
     def __init__(self, layers: Sequence[Block | None], device: torch.device) -> None:
-        self.blocks, self._device, self._side = (
-            [block for block in layers if block is not None],
-            device,
-            SideStream(device),
-        )
-        self._layers = len(layers)
+        self._layers, self._device, self._side = len(layers), device, SideStream(device)
         self._streamed = [index for index, block in enumerate(layers) if block is not None]
+        self.blocks = [block for block in layers if block is not None]
         size = max(block.memory.numel() for block in self.blocks)
         self._slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
         self._holds: list[int | None] = [None] * SLOTS
