@@ -22,6 +22,8 @@ from lavintk.engine.shape_limit import ShapeLimit
 from lavintk.models.multimodal import MultimodalModel, Passage
 
 Made = TypeVar("Made")
+APART = 1 << 61
+"""What seeds, which are below 2^62, differ by from those of decoder layers, so that masks there are others."""
 
 
 class EntryGraphs:
@@ -102,7 +104,7 @@ class Entry:
         for target, source in zip(self.pack.tensors(), pack.tensors(), strict=True):
             target.copy_(source)
         for random in self.randoms:
-            random.seed(seed)
+            random.seed(seed ^ APART)
 
 
 def _back_through(model: MultimodalModel, pack: Pack, gradient: Tensor) -> None:
