@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from lavintk.data.batch import Batch
 from lavintk.data.pack import Pack
 from lavintk.engine.randomness import RecordedRandomness, how_to_recompute, random_state_kept, recomputing, watched
 from lavintk.engine.recorder import Recorder, keep_gradients
@@ -58,7 +59,7 @@ class EntryGraphs:
         with torch.no_grad():
             gradient = torch.zeros_like(model.start(pack)[0])  # adds nothing to the gradients of parameters
         keep_gradients(self._trained)
-        work = partial(_back_through, model, pack, gradient)
+        work = partial(back_through_entry, model, pack, gradient)
         blocks, draws = self._recorder.warm_up(lambda: watched(model, work))
         randoms = [RecordedRandomness(model.device, blocks) for _ in range(2)] if draws else []
 
@@ -107,8 +108,9 @@ class Entry:
             random.seed(seed ^ APART)
 
 
-def _back_through(model: MultimodalModel, pack: Pack, gradient: Tensor) -> None:
+def back_through_entry(model: MultimodalModel, rows: Batch | Pack, gradient: Tensor) -> None:
+    """Compute the states in front of the layers again, and add the gradients of what is trained there."""
     with torch.enable_grad():
-        states, _ = model.start(pack)
-        if states.requires_grad:
+        states, _ = model.start(rows)
+        if states.requires_grad:  # not where a micro-batch has no images, and nothing else is trained there
             torch.autograd.backward(states, gradient)

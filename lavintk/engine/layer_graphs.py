@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lavintk.data.batch import Batch
 from lavintk.data.pack import Pack, PackShape
-from lavintk.engine.entry_graphs import Entry, EntryGraphs
+from lavintk.engine.entry_graphs import Entry, EntryGraphs, back_through_entry
 from lavintk.engine.randomness import random_state_kept
 from lavintk.engine.recorder import Recorder, keep_gradients
 from lavintk.engine.shape_limit import ShapeLimit
@@ -49,11 +49,8 @@ class EagerLayers:
             return self._model.start(rows)
 
     def back_through_entry(self, rows: Batch | Pack, gradient: Tensor, seed: int) -> None:
-        """Compute the states in front of the layers again, and add the gradients of what is trained there."""
-        with torch.enable_grad():
-            states, _ = self._model.start(rows)
-            if states.requires_grad:  # not where a micro-batch has no images, and nothing else is trained there
-                torch.autograd.backward(states, gradient)
+        """Add the gradients of what is trained in front of the layers, computing that again; ``seed`` as before."""
+        back_through_entry(self._model, rows, gradient)
 
     def forward(self, index: int, states: Tensor, passage: Passage) -> Tensor:
         """Return the states behind layer ``index``, without what a backward pass needs."""
