@@ -202,8 +202,7 @@ def plan_of(
     config, tokens, train = model.language.config, batch.tokens, recipe.train
     hidden, inner, layers = config.hidden_size, config.intermediate_size, len(model.layers)
     window = micro_batches(recipe, tokens)
-    streaming = train.stream != "none"
-    everything = streaming or engine == "layerwise"
+    everything = train.stream != "none" or engine == "layerwise"
     recomputed = layers if everything else recomputed_layers(recipe, layers)
     base = _base(model, recipe, plugins)
     ends = _vocabulary(model, recipe, plugins.quantizers.create(recipe.embed_quant))
@@ -213,16 +212,10 @@ def plan_of(
     at_work = 2 * tokens * (LAYER_WORK[0] * hidden + (LAYER_WORK[1] + _trains_mlp(model) * MLP_TRAINED[1]) * inner)
     images, of_a_block = _images(model, recipe, batch.images)
     kept = _kept_by_layer(model, tokens, hidden, inner) if batch.kept is None else batch.kept
-    stays = which_stay(layers, min(train.resident_layers, layers)) if streaming else [True] * layers
-    stored, linears = (
-        sum(size for size, here in zip(base.layers, stays) if here),
-        f"linear layers ({_bits(recipe.quant)})",
-    )
-    outside = sum(base.layers) - stored
+    linears, outside = _linears(recipe, base)
     quantized = "" if recipe.embed_quant.name == "none" else f" ({recipe.embed_quant})"
     items = {
-        f"{linears}, {sum(stays)} of {layers} resident" if streaming else linears: stored,
-        f"{linears}, {SLOTS} of {layers}": SLOTS * max(base.layers) if streaming else 0,
+        **linears,
         f"embedding, head{quantized}, norms": ends.stored + base.norms,
         f"vision tower ({_bits(recipe.vision_quant)})": base.tower,
         "adapter" if model.connector is None else "adapter and connector": trained,
@@ -238,7 +231,7 @@ def plan_of(
         "images at work": images + max(0, of_a_block - at_work - base.largest),
     }
     aside = {
-        linears: outside if train.stream == "cpu" else 0,
+        _of_linears(recipe): outside if train.stream == "cpu" else 0,
         "a layer on its way from the disk": max(base.layers) if train.stream == "disk" else 0,
         "layer inputs": waiting * input_of_layer,
         **host,
@@ -254,10 +247,28 @@ def plan_of(
         untimed=EAGER if engine == "eager" else "",
         work=_decoder(base, tokens, hidden, layers, 2 + recomputed / layers) + tower,
         streamed=times * outside,
-        first=0 if stays[0] else base.layers[0],
+        first=base.layers[0] if outside else 0,
         returning=(waiting if engine == "layerwise" else window * waiting) * input_of_layer,
         from_disk=train.stream == "disk",
     )
+
+
+def _linears(recipe: Recipe, base: _Base) -> tuple[dict[str, int], int]:
+    """Return the bytes of linear layers that are on the device, by item, and of those that wait outside of it."""
+    name, layers, train = _of_linears(recipe), len(base.layers), recipe.train
+    if train.stream == "none":
+        return {name: sum(base.layers)}, 0
+    stays = which_stay(layers, min(train.resident_layers, layers))
+    resident = sum(size for size, here in zip(base.layers, stays) if here)
+    items = {
+        f"{name}, {sum(stays)} of {layers} resident": resident,
+        f"{name}, {SLOTS} of {layers}": SLOTS * max(base.layers),
+    }
+    return items, sum(base.layers) - resident
+
+
+def _of_linears(recipe: Recipe) -> str:
+    return f"linear layers ({_bits(recipe.quant)})"
 
 
 def recomputed_layers(recipe: Recipe, layers: int) -> int:
@@ -391,15 +402,19 @@ def _trained(model: MultimodalModel, recipe: Recipe, optimizer: Optimizer) -> tu
 
 def _kept_by_layer(model: MultimodalModel, tokens: int, hidden: int, inner: int) -> int:
     """Return the bytes that a layer keeps where it is not recomputed, copies in 16 bits of what is trained included."""
-    trained = {id(parameter) for parameter in model.trainable().values()}
+    trained = _trained_ids(model)
     wide, widest = (kept + _trains_mlp(model) * more for kept, more in zip(LAYER_KEPT, MLP_TRAINED))
     copies = 2 * sum(p.numel() for p in model.layers[0].parameters() if id(p) in trained)
     return 2 * tokens * (wide * hidden + widest * inner) + copies
 
 
+def _trained_ids(model: MultimodalModel) -> set[int]:
+    return {id(parameter) for parameter in model.trainable().values()}
+
+
 def _trains_mlp(model: MultimodalModel) -> bool:
     """Return whether something is trained in the MLPs of decoder layers."""
-    trained = {id(parameter) for parameter in model.trainable().values()}
+    trained = _trained_ids(model)
     return any(id(p) in trained for name, p in model.layers[0].named_parameters() if name.startswith("mlp."))
 
 
@@ -481,7 +496,7 @@ def _images(model: MultimodalModel, recipe: Recipe, images: int) -> tuple[int, i
 def _goes_back(model: MultimodalModel) -> list[bool]:
     """Return for each block of the tower that is run whether the backward pass goes through it."""
     assert model.vision is not None
-    trained = {id(parameter) for parameter in model.trainable().values()}
+    trained = _trained_ids(model)
     holds = [any(id(p) in trained for p in block.parameters()) for block in model.vision.blocks]
     return [any(holds[: index + 1]) for index in range(model.vision.taps[-1])]
 

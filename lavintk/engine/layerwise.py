@@ -26,7 +26,7 @@ from lavintk.models.multimodal import MultimodalModel, Passage
 class LayerwiseEngine:
     """Runs any model on any device.
 
-    :param layers: how layers are run.
+    :param layers: how layers, and what lies in front of them, are run.
     :param seed: of dropout.
     """
 
