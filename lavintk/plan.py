@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
+from itertools import pairwise
 from math import ceil
 
 import torch
@@ -89,6 +90,39 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Streaming:
+    """Weights that come to the device while it computes, once on the way forward and once on the way back.
+
+    :param block: bytes of a decoder layer that comes. :param layers: those that come, in order.
+    :param rounds: how often they all come in an optimizer step, there and back.
+    :param from_disk: whether they come from a disk.
+    """
+
+    block: int
+    layers: tuple[int, ...]
+    rounds: int
+    from_disk: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are used in an optimizer step; the last :data:`SLOTS` of a way are there when the next begins."""
+        return 2 * self.rounds * self.block * len(self.layers)
+
+    def waiting(self, card: Card, forward: float, back: float) -> float:
+        """Return the seconds for which computing waits in an optimizer step.
+
+        A layer is copied from the turn of the streamed one before it to its own, while what lies between is computed.
+
+        :param forward: seconds of a layer on the way there, in a round.
+        :param back: on the way back, as far as the bus is free meanwhile.
+        """
+        copying = self.block / (min(card.bus, DISK) if self.from_disk else card.bus)
+        gaps = [later - earlier for earlier, later in pairwise(self.layers)]
+        there = sum(max(0.0, copying - gap * forward) for gap in gaps[SLOTS - 1 :])
+        return self.rounds * (there + sum(max(0.0, copying - gap * back) for gap in gaps[: 1 - SLOTS]))
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a micro-batch takes, and the optimizer step that it is a part of.
 
@@ -96,11 +130,10 @@ class Plan:
     :param tokens: of a micro-batch. :param micro_batches: of an optimizer step.
     :param engine: ``"graph"``, ``"eager"`` or ``"layerwise"``.
     :param untimed: why no time can be foretold; an empty text if one can.
-    :param work: what a micro-batch computes.
-    :param streamed: bytes of weights that go from the host to the device in an optimizer step; ``first`` of them before
-        anything can be computed.
+    :param decoder: what a micro-batch computes in the decoder layers; ``tower``, in the vision tower.
+    :param layers: how many decoder layers there are. :param passes: how often a micro-batch goes through each of them.
     :param returning: bytes of layer inputs that come back from the host in an optimizer step.
-    :param from_disk: whether the weights come from a disk.
+    :param streaming: what is streamed; None if nothing is.
     """
 
     items: Mapping[str, int]
@@ -109,11 +142,12 @@ class Plan:
     micro_batches: int
     engine: str
     untimed: str
-    work: Work
-    streamed: int
-    first: int
+    decoder: Work
+    tower: Work
+    layers: int
+    passes: float
     returning: int
-    from_disk: bool
+    streaming: Streaming | None
 
     @property
     def allocated(self) -> int:
@@ -140,6 +174,11 @@ class Plan:
         return sum(self.host.values())
 
     @property
+    def work(self) -> Work:
+        """What a micro-batch computes in all."""
+        return self.decoder + self.tower
+
+    @property
     def largest(self) -> tuple[str, int]:
         """The item that takes most of the device, and its bytes."""
         return max(self.items.items(), key=lambda item: item[1])
@@ -151,11 +190,17 @@ class Plan:
     def step_seconds(self, card: Card) -> float:
         """Return the time of an optimizer step on ``card`` where launching costs nothing; see :attr:`untimed`.
 
-        What is copied is hidden behind what is computed.
+        What is copied is hidden behind what the decoder computes in the same direction.
         """
-        weights = min(card.bus, DISK) if self.from_disk else card.bus
-        copying = self.streamed / weights + self.returning / card.bus
-        return max(self.micro_batches * self.work.seconds(card), copying) + self.first / weights
+        decoder = self.micro_batches * self.decoder.seconds(card)
+        forward = decoder / self.passes
+        returning = self.returning / card.bus
+        back = max(decoder - forward, returning)
+        waiting = 0.0
+        if self.streaming is not None:
+            turns = self.layers * self.streaming.rounds
+            waiting = self.streaming.waiting(card, forward / turns, (back - returning) / turns)
+        return forward + back + waiting + self.micro_batches * self.tower.seconds(card)
 
 
 @dataclass(frozen=True)
@@ -212,7 +257,8 @@ def plan_of(
     at_work = 2 * tokens * (LAYER_WORK[0] * hidden + (LAYER_WORK[1] + _trains_mlp(model) * MLP_TRAINED[1]) * inner)
     images, of_a_block = _images(model, recipe, batch.images)
     kept = _kept_by_layer(model, tokens, hidden, inner) if batch.kept is None else batch.kept
-    linears, outside = _linears(recipe, base)
+    linears = _linears(recipe, base)
+    streaming = None if train.stream == "none" else _streaming(recipe, base, 1 if engine == "layerwise" else window)
     quantized = "" if recipe.embed_quant.name == "none" else f" ({recipe.embed_quant})"
     items = {
         **linears,
@@ -231,13 +277,12 @@ def plan_of(
         "images at work": images + max(0, of_a_block - at_work - base.largest),
     }
     aside = {
-        _of_linears(recipe): outside if train.stream == "cpu" else 0,
+        _of_linears(recipe): sum(base.layers[i] for i in _outside(recipe, base)) if train.stream == "cpu" else 0,
         "a layer on its way from the disk": max(base.layers) if train.stream == "disk" else 0,
         "layer inputs": waiting * input_of_layer,
         **host,
     }
-    tower = _tower(model, recipe, base, batch.images, again=engine == "layerwise")
-    times = 2 * (1 if engine == "layerwise" else window)  # each weight once forward and once backward
+    passes = 2 + recomputed / layers
     return Plan(
         items={name: size for name, size in items.items() if size},
         host={name: size for name, size in aside.items() if size},
@@ -245,26 +290,37 @@ def plan_of(
         micro_batches=window,
         engine=engine,
         untimed=EAGER if engine == "eager" else "",
-        work=_decoder(base, tokens, hidden, layers, 2 + recomputed / layers) + tower,
-        streamed=times * outside,
-        first=base.layers[0] if outside else 0,
+        decoder=_decoder(base, tokens, hidden, layers, passes),
+        tower=_tower(model, recipe, base, batch.images, again=engine == "layerwise"),
+        layers=layers,
+        passes=passes,
         returning=(waiting if engine == "layerwise" else window * waiting) * input_of_layer,
-        from_disk=train.stream == "disk",
+        streaming=streaming,
     )
 
 
-def _linears(recipe: Recipe, base: _Base) -> tuple[dict[str, int], int]:
-    """Return the bytes of linear layers that are on the device, by item, and of those that wait outside of it."""
-    name, layers, train = _of_linears(recipe), len(base.layers), recipe.train
-    if train.stream == "none":
-        return {name: sum(base.layers)}, 0
-    stays = which_stay(layers, min(train.resident_layers, layers))
-    resident = sum(size for size, here in zip(base.layers, stays) if here)
-    items = {
-        f"{name}, {sum(stays)} of {layers} resident": resident,
+def _linears(recipe: Recipe, base: _Base) -> dict[str, int]:
+    """Return the bytes of linear layers that are on the device, by item."""
+    name, layers = _of_linears(recipe), len(base.layers)
+    if recipe.train.stream == "none":
+        return {name: sum(base.layers)}
+    outside = _outside(recipe, base)
+    return {
+        f"{name}, {layers - len(outside)} of {layers} resident": sum(base.layers)
+        - sum(base.layers[i] for i in outside),
         f"{name}, {SLOTS} of {layers}": SLOTS * max(base.layers),
     }
-    return items, sum(base.layers) - resident
+
+
+def _outside(recipe: Recipe, base: _Base) -> list[int]:
+    """Return which decoder layers of a streamed base wait outside of the device."""
+    layers = len(base.layers)
+    stays = which_stay(layers, min(recipe.train.resident_layers, layers))
+    return [index for index in range(layers) if not stays[index]]
+
+
+def _streaming(recipe: Recipe, base: _Base, rounds: int) -> Streaming:
+    return Streaming(max(base.layers), tuple(_outside(recipe, base)), rounds, recipe.train.stream == "disk")
 
 
 def _of_linears(recipe: Recipe) -> str:
