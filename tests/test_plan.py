@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,9 @@ STREAMED_ON_H200 = [
 """Geometry, adapter, optimizer, micro-batches of 1 x 512 tokens, resident layers, milliseconds of a micro-batch."""
 
 
+@cache
 def outline(geometry: str, adapter: str) -> MultimodalModel:
-    """A model without values: linear layers that say their size, and transformers' other modules."""
+    """A model without values, only to look at: linear layers that say their size, and transformers' other modules."""
     hidden, inner, layers = WIDTHS[geometry]
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=hidden // 128
