@@ -257,11 +257,11 @@ def plan_of(
     at_work = 2 * tokens * (LAYER_WORK[0] * hidden + (LAYER_WORK[1] + _trains_mlp(model) * MLP_TRAINED[1]) * inner)
     images, of_a_block = _images(model, recipe, batch.images)
     kept = _kept_by_layer(model, tokens, hidden, inner) if batch.kept is None else batch.kept
-    linears = _linears(recipe, base)
-    streaming = None if train.stream == "none" else _streaming(recipe, base, 1 if engine == "layerwise" else window)
+    outside = _outside(recipe, base)
+    rounds = 1 if engine == "layerwise" else window
     quantized = "" if recipe.embed_quant.name == "none" else f" ({recipe.embed_quant})"
     items = {
-        **linears,
+        **_linears(recipe, base, outside),
         f"embedding, head{quantized}, norms": ends.stored + base.norms,
         f"vision tower ({_bits(recipe.vision_quant)})": base.tower,
         "adapter" if model.connector is None else "adapter and connector": trained,
@@ -277,7 +277,7 @@ def plan_of(
         "images at work": images + max(0, of_a_block - at_work - base.largest),
     }
     aside = {
-        _of_linears(recipe): sum(base.layers[i] for i in _outside(recipe, base)) if train.stream == "cpu" else 0,
+        _of_linears(recipe): sum(base.layers[i] for i in outside) if train.stream == "cpu" else 0,
         "a layer on its way from the disk": max(base.layers) if train.stream == "disk" else 0,
         "layer inputs": waiting * input_of_layer,
         **host,
@@ -295,16 +295,15 @@ def plan_of(
         layers=layers,
         passes=passes,
         returning=(waiting if engine == "layerwise" else window * waiting) * input_of_layer,
-        streaming=streaming,
+        streaming=Streaming(max(base.layers), outside, rounds, train.stream == "disk") if outside else None,
     )
 
 
-def _linears(recipe: Recipe, base: _Base) -> dict[str, int]:
-    """Return the bytes of linear layers that are on the device, by item."""
+def _linears(recipe: Recipe, base: _Base, outside: tuple[int, ...]) -> dict[str, int]:
+    """Return the bytes of linear layers that are on the device, by item, if the layers ``outside`` come in turn."""
     name, layers = _of_linears(recipe), len(base.layers)
     if recipe.train.stream == "none":
         return {name: sum(base.layers)}
-    outside = _outside(recipe, base)
     return {
         f"{name}, {layers - len(outside)} of {layers} resident": sum(base.layers)
         - sum(base.layers[i] for i in outside),
@@ -312,15 +311,13 @@ def _linears(recipe: Recipe, base: _Base) -> dict[str, int]:
     }
 
 
-def _outside(recipe: Recipe, base: _Base) -> list[int]:
-    """Return which decoder layers of a streamed base wait outside of the device."""
+def _outside(recipe: Recipe, base: _Base) -> tuple[int, ...]:
+    """Return which decoder layers wait outside of the device; none where the base is not streamed."""
+    if recipe.train.stream == "none":
+        return ()
     layers = len(base.layers)
     stays = which_stay(layers, min(recipe.train.resident_layers, layers))
-    return [index for index in range(layers) if not stays[index]]
-
-
-def _streaming(recipe: Recipe, base: _Base, rounds: int) -> Streaming:
-    return Streaming(max(base.layers), tuple(_outside(recipe, base)), rounds, recipe.train.stream == "disk")
+    return tuple(index for index in range(layers) if not stays[index])
 
 
 def _of_linears(recipe: Recipe) -> str:
