@@ -103,15 +103,11 @@ class Streaming:
     rounds: int
     from_disk: bool
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are used in an optimizer step; the last :data:`SLOTS` of a way are there when the next begins."""
-        return 2 * self.rounds * self.block * len(self.layers)
-
     def waiting(self, card: Card, forward: float, back: float) -> float:
         """Return the seconds for which computing waits in an optimizer step.
 
         A layer is copied from the turn of the streamed one before it to its own, while what lies between is computed.
+        The first :data:`SLOTS` of a way are there already: they were the last ones of the way before.
 
         :param forward: seconds of a layer on the way there, in a round.
         :param back: on the way back, as far as the bus is free meanwhile.
@@ -294,7 +290,7 @@ def plan_of(
         tower=_tower(model, recipe, base, batch.images, again=engine == "layerwise"),
         layers=layers,
         passes=passes,
-        returning=(waiting if engine == "layerwise" else window * waiting) * input_of_layer,
+        returning=rounds * waiting * input_of_layer,
         streaming=Streaming(max(base.layers), outside, rounds, train.stream == "disk") if outside else None,
     )
 
@@ -304,9 +300,9 @@ def _linears(recipe: Recipe, base: _Base, outside: tuple[int, ...]) -> dict[str,
     name, layers = _of_linears(recipe), len(base.layers)
     if recipe.train.stream == "none":
         return {name: sum(base.layers)}
+    resident = [size for index, size in enumerate(base.layers) if index not in outside]
     return {
-        f"{name}, {layers - len(outside)} of {layers} resident": sum(base.layers)
-        - sum(base.layers[i] for i in outside),
+        f"{name}, {len(resident)} of {layers} resident": sum(resident),
         f"{name}, {SLOTS} of {layers}": SLOTS * max(base.layers),
     }
 

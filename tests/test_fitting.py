@@ -225,7 +225,7 @@ def test_as_many_layers_of_a_streamed_base_stay_on_the_device_as_it_has_room_for
     bare = fit(given, plugins, gib * GIB, spend=False)
     assert bare.plan.streaming is not None
     assert found.plan.streaming is not None
-    assert bare.plan.streaming.nbytes == pytest.approx(found.plan.streaming.nbytes * layers / (layers - resident))
+    assert (len(bare.plan.streaming.layers), len(found.plan.streaming.layers)) == (layers, layers - resident)
     assert found.plan.seconds(CARDS["h100"]) < bare.plan.seconds(
         CARDS["h100"]
     )  # on which the bus is slow beside the rest

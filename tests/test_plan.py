@@ -267,7 +267,7 @@ def test_the_bytes_foretold_of_a_streamed_base_are_those_of_the_loaded_one(tiny_
     foretold = found.host["linear layers (nf4)"]
     assert foretold <= model.stream.nbytes <= foretold + buffers * ALIGNMENT
     assert found.streaming is not None
-    assert found.streaming.nbytes == 2 * foretold
+    assert found.streaming.block * len(found.streaming.layers) == foretold
     layers = [layer for name, layer in model.linears().items() if name.startswith("language.")]
     stored = sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
     assert found.items.get("linear layers (nf4), 1 of 2 resident", 0) == (stored - foretold if resident else 0)
